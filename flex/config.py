@@ -93,12 +93,6 @@ class PenaltyConfig(Section):
             return {**preset, **data}
         return data
 
-    @model_validator(mode="after")
-    def _check(self) -> PenaltyConfig:
-        if self.phi_low < self.phi_high:
-            raise ValueError(f"phi_low {self.phi_low} is below phi_high {self.phi_high}: high bins would be favoured")
-        return self
-
     @property
     def active(self) -> bool:
         return self.weight > 0.0
