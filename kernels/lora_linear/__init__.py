@@ -1,0 +1,5 @@
+"""LoRA linear layer over a frozen weight: y = x W^T + bias + scale * drop(x) A^T B^T."""
+
+from .api import lora_linear
+
+__all__ = ["lora_linear"]
