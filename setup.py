@@ -18,8 +18,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # flex/kernels is a symlink to ../kernels and setuptools follows it. The folder has no __init__.py of its own, so it
-    # is found as a namespace package, and only below `flex`: the top-level name `kernels` belongs to Hugging Face.
+    # flex/kernels is a symlink to ../kernels and setuptools follows it. The folder has no
+    # __init__.py of its own, so it is found as a namespace package, and only below `flex`: the
+    # top-level name `kernels` belongs to Hugging Face.
     packages=find_namespace_packages(include=["flex", "flex.*"], exclude=["*.__pycache__*"]),
     package_data={"": ["*.md", "*.yaml", "*.json", "*.jsonl"]},
     install_requires=[

@@ -1,4 +1,4 @@
-"""Every option of a run: strict, frozen pydantic models. A field's description is its documentation."""
+"""Every option of a run: strict, frozen models. A field's description is its documentation."""
 
 from __future__ import annotations
 
@@ -8,51 +8,95 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values cannot change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
-    name: str = Field("smollm2-135m", description="`smollm2-135m`, `shape:<preset>`, a local folder or a Hub id")
-    revision: str | None = Field(None, description="Hub revision; pin it for a result that others can repeat")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of the frozen base")
-    attention: Literal["auto", "sdpa", "eager"] = Field(
-        "auto", description="auto: variable-length attention over packed documents; sdpa/eager: Hugging Face's own"
+    name: str = Field(
+        "smollm2-135m", description="`smollm2-135m`, `shape:<preset>`, a local folder or a Hub id"
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
+    revision: str | None = Field(
+        None, description="Hub revision; pin it for a result that others can repeat"
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="dtype of the frozen base"
+    )
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        "auto",
+        description="auto: variable-length, over packed documents; sdpa, eager: Hugging Face's own",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in backward to save memory"
+    )
 
 
 class DataConfig(Section):
-    name: Literal["builtin", "mbpp", "apps", "codesearchnet", "jsonl"] = "builtin"
-    path: str | None = Field(None, description="local file in place of the Hub (JSONL; required for `jsonl`)")
-    validation_path: str | None = Field(None, description="local validation file; otherwise a fixed split of `path`")
-    language: Literal["python", "java"] = Field("python", description="solution language (builtin, codesearchnet)")
-    difficulty: Literal["introductory", "interview", "competition", "all"] = Field("all", description="apps only")
-    template: Literal["paper", "instruct"] = Field("paper", description="how a row becomes prompt + completion")
-    loss_on: Literal["completion", "full"] = Field("completion", description="which tokens bear loss")
-    max_length: Positive = Field(512, description="tokens per example, prompt + completion + EOS; longer are cut")
+    name: Literal["builtin", "mbpp", "apps", "codesearchnet", "jsonl"] = Field(
+        "builtin", description="builtin: this project's own small task set; jsonl: your file"
+    )
+    path: str | None = Field(
+        None, description="local file in place of the Hub (JSONL; required for `jsonl`)"
+    )
+    validation_path: str | None = Field(
+        None, description="local validation file; otherwise a fixed split of `path`"
+    )
+    language: Literal["python", "java"] = Field(
+        "python", description="solution language (builtin, codesearchnet)"
+    )
+    difficulty: Literal["introductory", "interview", "competition", "all"] = Field(
+        "all", description="apps only"
+    )
+    template: Literal["paper", "instruct"] = Field(
+        "paper", description="how a row becomes prompt + completion"
+    )
+    loss_on: Literal["completion", "full"] = Field(
+        "completion", description="which tokens bear loss"
+    )
+    max_length: Positive = Field(
+        512, description="tokens per example, prompt + completion + EOS; longer are cut"
+    )
     batching: Literal["auto", "packed", "grouped"] = Field(
-        "auto", description="packed: documents in one row, no padding; grouped: similar lengths, padded; auto: packed"
+        "auto",
+        description="packed: documents in one row, no padding; grouped: similar lengths, padded; "
+        "auto: packed",
     )
     limit: Positive | None = Field(None, description="use only the first N training rows")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="a row that cannot be used: stop, or count it")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="a row that cannot be used: stop, or count it"
+    )
 
 
 class LoraSection(Section):
-    r: Positive = 8
+    r: Positive = Field(8, description="rank of the adapters")
     alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="scale = alpha / r")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    targets: tuple[str, ...] = Field(("gate_proj", "up_proj", "down_proj"), min_length=1)
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.05, description="on the adapters' input, while training"
+    )
+    targets: tuple[str, ...] = Field(
+        ("gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="names of the linear layers that get an adapter",
+    )
 
 
 PENALTY_PRESETS: dict[str, dict[str, Any]] = {
     "flex": {},
     "paper-literal": {"target": "factors", "norm": "sum", "reduce": "mean", "one_sided": True},
-    "repo-compat": {"target": "factors", "norm": "sum", "reduce": "mean", "one_sided": True, "detached": True},
+    "repo-compat": {
+        "target": "factors",
+        "norm": "sum",
+        "reduce": "mean",
+        "one_sided": True,
+        "detached": True,
+    },
     "off": {"weight": 0.0},
 }
 
@@ -60,36 +104,57 @@ PENALTY_PRESETS: dict[str, dict[str, Any]] = {
 class PenaltyConfig(Section):
     """The spectral penalty. A preset sets the fields that are not given; a given field wins."""
 
-    preset: Literal["flex", "paper-literal", "repo-compat", "off"] = "flex"
-    weight: Annotated[float, Field(ge=0)] = Field(0.02, description="lambda; 0 is bit-identical to `off`")
-    schedule: Literal["linear_ramp", "hard_cutoff", "power", "sigmoid", "uniform", "shuffled"] = "linear_ramp"
+    preset: Literal["flex", "paper-literal", "repo-compat", "off"] = Field(
+        "flex", description="sets the fields below that are not given"
+    )
+    weight: Annotated[float, Field(ge=0)] = Field(
+        0.02, description="lambda; 0 is bit-identical to `off`"
+    )
+    schedule: Literal["linear_ramp", "hard_cutoff", "power", "sigmoid", "uniform", "shuffled"] = (
+        Field("linear_ramp", description="rho over frequency; uniform, shuffled: controls")
+    )
     phi_low: Fraction = Field(1.0, description="preservation at zero frequency; rho = 1 - phi")
     phi_high: Fraction = Field(0.1, description="preservation from the threshold on")
-    threshold: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="T, as a fraction of the bins")
+    threshold: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="T, as a fraction of the bins"
+    )
     exponent: Annotated[float, Field(gt=0)] = Field(2.0, description="p of the power schedule")
-    sharpness: Annotated[float, Field(gt=0)] = Field(20.0, description="slope of the sigmoid schedule")
+    sharpness: Annotated[float, Field(gt=0)] = Field(
+        20.0, description="slope of the sigmoid schedule"
+    )
     shuffle_seed: int = Field(0, description="bin permutation of the shuffled control")
     target: Literal["factors", "factor_updates", "delta_w"] = Field(
-        "factor_updates", description="factors: A, B; factor_updates: A - A0, B; delta_w: scale * BA - (BA)0"
+        "factor_updates",
+        description="factors: A, B; factor_updates: A - A0, B; delta_w: scale * BA - (BA)0",
     )
     transform: Literal["flat", "axis", "fft2"] = Field(
-        "flat", description="flat: row-major flattening (paper); axis: rows of A, columns of B; fft2: 2-D"
+        "flat",
+        description="flat: row-major flattening (paper); axis: rows of A, columns of B; fft2: 2-D",
     )
-    norm: Literal["sum", "ortho", "mean"] = Field("ortho", description="|fft|^2 as is / by length / by bins")
+    norm: Literal["sum", "ortho", "mean"] = Field(
+        "ortho", description="|fft|^2 as is / by length / by bins"
+    )
     reduce: Literal["sum", "mean"] = Field("sum", description="over tensors")
-    one_sided: bool = Field(False, description="paper: one-sided bins counted once; false: exact Parseval")
-    coupling: Literal["gradient", "decoupled"] = Field(
-        "gradient", description="into the gradient, or p -= lr * lambda * grad outside the optimizer's scaling"
+    one_sided: bool = Field(
+        False, description="true: one-sided bins counted once (paper); false: exact Parseval"
     )
-    detached: bool = Field(False, description="repo-compat: value only, no gradient; inert by construction")
+    coupling: Literal["gradient", "decoupled"] = Field(
+        "gradient",
+        description="into the gradient, or p -= lr * lambda * grad outside the optimizer's scaling",
+    )
+    detached: bool = Field(
+        False, description="repo-compat: value only, no gradient; inert by construction"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            preset = PENALTY_PRESETS.get(data.get("preset", "flex"), {})
+            preset = PENALTY_PRESETS.get(str(data.get("preset", "flex")), {})
             if data.get("preset") == "off" and data.get("weight", 0.0) != 0.0:
-                raise ValueError("preset `off` with a weight above 0; choose preset `flex` or drop `weight`")
+                raise ValueError(
+                    "preset `off` with a weight above 0; choose preset `flex` or drop `weight`"
+                )
             return {**preset, **data}
         return data
 
@@ -98,8 +163,8 @@ class PenaltyConfig(Section):
         return self.weight > 0.0
 
 
-# Learning rate and betas when the user gives none. AdamW: flex_method 3.1; Sophia: about half of AdamW's rate,
-# momentum 0.9 because 0.965 averages over more steps than a short fine-tune has.
+# Learning rate and betas when the user gives none. AdamW: as FLeX was published; Sophia: about half of
+# AdamW's rate, momentum 0.9 because 0.965 averages over more steps than a short fine-tune has.
 OPTIMIZER_DEFAULTS: dict[str, tuple[float, tuple[float, float]]] = {
     "adamw": (2e-4, (0.9, 0.999)),
     "adamw8bit": (2e-4, (0.9, 0.999)),
@@ -112,30 +177,50 @@ OPTIMIZER_DEFAULTS: dict[str, tuple[float, tuple[float, float]]] = {
 class CurvatureConfig(Section):
     """Refresh of Sophia's curvature by the Gauss-Newton-Bartlett estimator."""
 
-    every: Positive = Field(10, description="optimizer steps between refreshes; one precedes the first update")
-    warmup: Annotated[int, Field(ge=0)] = Field(0, description="refresh at each of the first N steps")
-    micro_batches: Positive | None = Field(None, description="micro-batches per refresh; none: all of the step")
-    gamma: Annotated[float, Field(gt=0)] = Field(0.05, description="update = m / max(gamma * h, eps), clipped to 1")
-    eps: Annotated[float, Field(gt=0)] = 1e-12
+    every: Positive = Field(
+        10, description="optimizer steps between refreshes; one precedes the first update"
+    )
+    warmup: Annotated[int, Field(ge=0)] = Field(
+        0, description="refresh at each of the first N steps"
+    )
+    micro_batches: Positive | None = Field(
+        None, description="micro-batches per refresh; none: all of the step"
+    )
+    gamma: Annotated[float, Field(gt=0)] = Field(
+        0.05, description="update = m / max(gamma * h, eps), clipped to 1"
+    )
+    eps: Annotated[float, Field(gt=0)] = Field(1e-12, description="floor of gamma * h")
 
 
 class OptimConfig(Section):
-    name: Literal["sophia", "adamw", "adamw8bit", "lion", "signum"] = "sophia"
-    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="peak rate; none: the optimizer's default")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    name: Literal["sophia", "adamw", "adamw8bit", "lion", "signum"] = Field(
+        "sophia", description="lion, signum: controls without curvature"
+    )
+    lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="peak rate; none: the optimizer's default"
+    )
+    betas: tuple[Beta, Beta] | None = Field(
+        None, description="decay of the momentum and of the second state; none: the optimizer's"
+    )
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW only")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled")
-    clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm; 0 turns it off")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    clip_norm: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="global gradient norm; 0 turns it off"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="learning rate after the warm-up"
+    )
     warmup: Fraction = Field(0.1, description="share of the steps")
-    min_lr_ratio: Fraction = Field(0.05, description="final rate as a share of the peak (cosine, linear)")
+    min_lr_ratio: Fraction = Field(
+        0.05, description="final rate as a share of the peak (cosine, linear)"
+    )
     curvature: CurvatureConfig = CurvatureConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            lr, betas = OPTIMIZER_DEFAULTS.get(data.get("name", "sophia"), (None, None))
+            lr, betas = OPTIMIZER_DEFAULTS.get(str(data.get("name", "sophia")), (None, None))
             data = {k: v for k, v in data.items() if not (k in ("lr", "betas") and v is None)}
             return {"lr": lr, "betas": betas, **data}
         return data
@@ -143,14 +228,20 @@ class OptimConfig(Section):
 
 class TrainSection(Section):
     steps: Positive | None = Field(None, description="optimizer steps; none: from `epochs`")
-    epochs: Annotated[float, Field(gt=0)] = 3.0
+    epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="passes over the training rows")
     batch_size: Positive = Field(16, description="examples per optimizer step over all processes")
-    accumulation: Positive = Field(1, description="micro-batches per process and step; changes memory, not the maths")
-    eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: start and end only")
+    accumulation: Positive = Field(
+        1, description="micro-batches per process and step; changes memory, not the maths"
+    )
+    eval_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between validations; 0: start and end only"
+    )
     eval_batch_size: Positive = Field(16, description="examples per validation batch and process")
-    save_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between checkpoints; 0: at the end only")
+    save_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between checkpoints; 0: at the end only"
+    )
     keep: Positive = Field(2, description="checkpoints kept")
-    log_every: Positive = 1
+    log_every: Positive = Field(1, description="steps between log lines")
     sample_prompt: bool = Field(True, description="print a sample completion before and after")
 
 
@@ -159,10 +250,18 @@ class RunConfig(Section):
 
     name: str = Field("flex", pattern=r"^[A-Za-z0-9._-]+$", description="run folder below `dir`")
     dir: str = Field("runs", description="where run folders live")
-    seed: Annotated[int, Field(ge=0)] = 0
-    deepspeed: str | None = Field(None, description="a file of ds_configs/; none: plain PyTorch in one process")
-    resume: Literal["auto", "never"] = Field("auto", description="auto: continue the run folder's last checkpoint")
-    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="of the data order, adapters, dropout and label sampling"
+    )
+    deepspeed: str | None = Field(
+        None, description="a file of ds_configs/; none: plain PyTorch in one process"
+    )
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: continue the run folder's last checkpoint"
+    )
+    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        (), description="trackers beside metrics.jsonl; each must be installed"
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     lora: LoraSection = LoraSection()
@@ -180,7 +279,8 @@ class RunConfig(Section):
             and not self.penalty.detached
         ):
             raise ValueError(
-                "penalty.target=delta_w has no constant curvature for Sophia; set penalty.coupling=decoupled"
+                "penalty.target=delta_w has no constant curvature for Sophia; "
+                "set penalty.coupling=decoupled"
             )
         if self.data.name == "jsonl" and self.data.path is None:
             raise ValueError("data.name=jsonl needs data.path=FILE.jsonl")

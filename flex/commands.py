@@ -1,0 +1,168 @@
+"""The command line. A command imports what it needs when it runs, so that `config show` and a
+mistyped option answer at once, without loading torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import flex
+from flex.config_io import Resolved, load_config, origins
+from flex.errors import FlexError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit code.
+
+    0: done. 2: the user can fix it (a FlexError, or argparse's usage error). 130: Ctrl-C. Any other
+    exception is a defect of FLeX and keeps its traceback.
+    """
+    parser = _parser()
+    args, extra = parser.parse_known_args(argv)
+    flags = [text for text in extra if text.startswith("-")]
+    if flags or (extra and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(flags or extra)}")
+    if extra:  # overrides that stand behind an option, which argparse does not collect
+        args.overrides = [*args.overrides, *extra]
+    return guarded(lambda: args.run(args))
+
+
+def guarded(call: Callable[[], int]) -> int:
+    """Run `call`; tell a FlexError in its three parts on stderr and turn it into an exit code."""
+    try:
+        return call()
+    except FlexError as error:
+        show_error(error)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def show_error(error: FlexError) -> None:
+    """Print what happened, why it matters and what to type; in colour on a terminal."""
+    text = Text.assemble(
+        ("error: ", "bold red"),
+        (error.what, "bold"),
+        ("\n  why: ", "dim"),
+        error.why,
+        ("\n  fix: ", "bold green"),
+        error.fix,
+    )
+    # a pipe gets the lines unwrapped, so that they can be searched
+    Console(stderr=True, highlight=False).print(text, soft_wrap=not sys.stderr.isatty())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flex",
+        description="LoRA fine-tuning of code models with a spectral penalty and Sophia.",
+    )
+    parser.add_argument("--version", action="version", version=f"flex-lora {flex.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(where: argparse._SubParsersAction, name: str, run: Callable, help: str):  # noqa: ANN202
+        command = where.add_parser(name, help=help, description=help)
+        command.set_defaults(run=run)
+        return command
+
+    def group(name: str, help: str) -> argparse._SubParsersAction:
+        return commands.add_parser(name, help=help).add_subparsers(metavar="WHAT", required=True)
+
+    def configured(command: argparse.ArgumentParser, required: bool) -> None:
+        command.add_argument(
+            "--config", metavar="FILE", required=required, help="YAML, see flex/recipes/"
+        )
+        command.add_argument(
+            "overrides", nargs="*", metavar="KEY=VALUE", help="for example optim.lr=1e-4"
+        )
+
+    configured(add(commands, "train", _train, "fine-tune in one process"), required=True)
+    add(commands, "demo", _demo, "fine-tune a small real model under DeepSpeed, two processes")
+
+    merge = add(commands, "merge", _merge, "merge an adapter into its base model")
+    merge.add_argument("--adapter", required=True, metavar="DIR")
+    merge.add_argument("--out", required=True, metavar="DIR", help="new folder, safetensors")
+    merge.add_argument("--base", metavar="ID", help="base model, in place of the adapter's own")
+
+    data = group("data", "look at the training data")
+    show = add(data, "show", _data_show, "print examples: which tokens bear loss")
+    show.add_argument("--n", type=int, default=3, metavar="N", help="examples (3)")
+    configured(show, required=True)
+
+    config = group("config", "look at the configuration")
+    configured(
+        add(config, "show", _config_show, "print every option: value, origin, meaning"),
+        required=False,
+    )
+    add(commands, "doctor", _doctor, "report versions, devices, threads and compilers")
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    from flex.train import run
+
+    return run(config)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from flex.demo import main as demo
+
+    return demo()
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from flex.model.export import merge
+
+    merge(args.adapter, args.out, base=args.base)
+    return 0
+
+
+def _data_show(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    from flex.data.show import show
+
+    show(config, args.n)
+    return 0
+
+
+def _config_show(args: argparse.Namespace) -> int:
+    options = origins(args.config, args.overrides)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("option", "value", "origin", "meaning"):
+        table.add_column(title, overflow="fold")
+    for option in options:
+        style = "dim" if option.origin == "default" else ""
+        table.add_row(option.key, _yaml(option), option.origin, option.description, style=style)
+    console = Console(highlight=False, markup=False)
+    # a pipe gets one line per option
+    console.print(table) if console.is_terminal else print(*map(_row, options), sep="\n")
+    return 0
+
+
+def _row(option: Resolved) -> str:
+    return f"{option.key} = {_yaml(option)}  [{option.origin}]  {option.description}".rstrip()
+
+
+def _yaml(option: Resolved) -> str:
+    if isinstance(option.value, tuple):
+        return f"[{', '.join(map(str, option.value))}]"
+    if option.value is None or isinstance(option.value, bool):
+        return {None: "null", True: "true", False: "false"}[option.value]
+    return str(option.value)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from flex.doctor import report
+
+    for label, value in report():
+        print(f"{label:<16} {value}")
+    return 0
