@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 IGNORE = -100  # label of a position that bears no loss
@@ -45,8 +46,20 @@ class Batch:
     cu_seqlens: Tensor | None = None
     attention_mask: Tensor | None = None
 
-    def to(self, device) -> Batch:  # noqa: ANN001
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+    def targets_per_example(self) -> list[int]:
+        """Number of positions that bear loss in each document, in order."""
+        bears_loss = self.labels != IGNORE
+        if self.cu_seqlens is None:
+            return bears_loss.sum(1).tolist()
+        lengths = self.cu_seqlens.diff().tolist()
+        return [int(part.sum()) for part in bears_loss[0].split(lengths)]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on `device`."""
+        moved = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in vars(self).items()
+        }
         return Batch(**moved)
 
 
@@ -66,7 +79,9 @@ class StepReport:
     penalty_share: float = 0.0  # |lambda * grad P| / |gradient|
     clipped_fraction: float | None = None  # Sophia: share of coordinates at the clip
     curvature_mean: float | None = None  # Sophia: mean of the bias-corrected h, on refresh steps
-    high_band: dict[str, float] = field(default_factory=dict)  # share of energy above the threshold, "A" and "B"
+    high_band: dict[str, float] = field(
+        default_factory=dict
+    )  # share of energy above the threshold, "A" and "B"
     validation_loss: float | None = None
     refreshed: bool = False
     skipped: bool = False  # non-finite gradient: nothing was updated
@@ -83,5 +98,7 @@ class TrainState:
     seconds: float = 0.0
     skipped: int = 0
     refreshes: int = 0
-    rng: dict[str, str] = field(default_factory=dict)  # base64 torch generator states, keyed "cpu:<rank>" etc.
+    rng: dict[str, str] = field(
+        default_factory=dict
+    )  # base64 torch generator states, keyed "cpu:<rank>" etc.
     best_validation_loss: float | None = None

@@ -1,0 +1,224 @@
+"""The few calls the trainer makes of whatever runs the model: this file is plain PyTorch in one process,
+`engine_zero.py` is DeepSpeed ZeRO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+from .optim import CurvatureStats, Sophia
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer update did."""
+
+    grad_norm: float  # global, before clipping
+    skipped: bool  # the gradient was not finite and nothing changed
+
+
+@dataclass
+class OptimizerState:
+    """Optimizer state of whole matrices, independent of how many processes held it.
+
+    `tensors` maps `parameter name + "/" + key` to a CPU tensor; `counters` are the numbers that all parameters
+    share (Adam's step, Sophia's refreshes).
+    """
+
+    tensors: dict[str, Tensor]
+    counters: dict[str, float]
+
+
+class Engine:
+    """Plain PyTorch, one process.
+
+    Args:
+        model: the PEFT model; only `parameters` require gradients.
+        optimizer: over exactly `parameters`.
+        parameters: the adapters by name, fp32.
+        clip_norm: bound of the global gradient norm; 0 turns it off. Never applied to curvature.
+    """
+
+    rank = 0
+    world = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, Tensor],
+        clip_norm: float,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.parameters = dict(parameters)
+        self.clip_norm = clip_norm
+        self.num_parameters = sum(
+            getattr(p, "ds_numel", p.numel()) for p in self.parameters.values()
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    # ---- training ----
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients. The mean of `loss` over processes is what is differentiated."""
+        loss.backward()
+
+    def update(self, lr: float) -> Update:
+        """Clip, step and clear the gradients; or skip, if they are not finite."""
+        self._set_lr(lr)
+        norm = clip_gradients(list(self.parameters.values()), self.clip_norm)
+        skipped = not torch.isfinite(norm).item()
+        if not skipped:
+            self.optimizer.step()
+        self._clear_gradients()
+        return Update(norm.item(), skipped)
+
+    def _set_lr(self, lr: float) -> None:
+        if isinstance(self.optimizer, Sophia):
+            self.optimizer.clipped = None
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _clear_gradients(self) -> None:
+        for p in self.parameters.values():
+            p.grad = None
+
+    @torch.no_grad()
+    def shift(self, deltas: Mapping[nn.Parameter, Tensor]) -> None:
+        """Add to parameters outside the optimizer (the decoupled penalty)."""
+        for p, delta in deltas.items():
+            p.add_(delta)
+
+    # ---- curvature ----
+
+    def add_curvature(self, num_targets: int) -> None:
+        """Feed the gradient of one micro-batch of sampled labels (over all processes) to Sophia, and clear it."""
+        assert isinstance(self.optimizer, Sophia)
+        if all(p.grad is None or bool(p.grad.isfinite().all()) for p in self.parameters.values()):
+            self.optimizer.accumulate_curvature(num_targets)
+        self._clear_gradients()
+
+    def commit_curvature(self) -> CurvatureStats:
+        """Fold the accumulated curvature into Sophia's h. Raises CurvatureError if h is dead."""
+        assert isinstance(self.optimizer, Sophia)
+        self.optimizer.commit_curvature()
+        sums = self.optimizer.curvature_sums()
+        peak = self.all_reduce_max(sums[2:])
+        stats = CurvatureStats.from_sums(
+            torch.cat([self.all_reduce(sums[:2]), peak]), self.num_parameters
+        )
+        stats.check()
+        return stats
+
+    def clipped_fraction(self) -> float | None:
+        """Share of coordinates that Sophia clipped in the last update; None for other optimizers."""
+        if not isinstance(self.optimizer, Sophia):
+            return None
+        count = torch.zeros(()) if self.optimizer.clipped is None else self.optimizer.clipped.cpu()
+        return self.all_reduce(count.double()).item() / self.num_parameters
+
+    # ---- between processes ----
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over processes."""
+        return tensor
+
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """Maximum over processes."""
+        return tensor
+
+    def gather_text(self, text: str) -> list[str]:
+        """One string of every process, by rank."""
+        return [text]
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+
+    # ---- state ----
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """The adapters as whole fp32 CPU tensors by name. Every process must call it."""
+        return {name: p.detach().float().cpu().clone() for name, p in self.parameters.items()}
+
+    def optimizer_state(self) -> OptimizerState:
+        """The optimizer's state as whole CPU tensors. Every process must call it."""
+        tensors, counters = {}, {}
+        for name, p in self.parameters.items():
+            for key, value in self.optimizer.state[p].items():
+                if key == "step" or not isinstance(value, Tensor):
+                    counters[key] = float(value)
+                else:
+                    tensors[f"{name}/{key}"] = value.detach().cpu().clone()
+        return OptimizerState(tensors, counters)
+
+    def load_optimizer_state(self, saved: OptimizerState) -> None:
+        """Restore what `optimizer_state` returned. Raises CheckpointError if a tensor is missing."""
+        for name, p in self.parameters.items():
+            prefix = f"{name}/"
+            mine = {k[len(prefix) :]: v for k, v in saved.tensors.items() if k.startswith(prefix)}
+            if not mine:
+                raise missing_state(name)
+            state = self.optimizer.state[p]
+            state.update({key: value.to(p.device) for key, value in mine.items()})
+            restore_counters(self.optimizer, state, saved.counters)
+
+    def close(self) -> None:
+        """Leave the process group, if there is one."""
+
+
+def missing_state(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint holds no optimizer state for {name}",
+        "going on with fresh moments would not be the same run",
+        "resume with the optimizer and adapters that the checkpoint was written with",
+    )
+
+
+def restore_counters(
+    optimizer: torch.optim.Optimizer, state: dict, counters: Mapping[str, float]
+) -> None:
+    """Put shared counters back in the form the optimizer keeps them in."""
+    for key, value in counters.items():
+        # torch's AdamW keeps a float tensor, bitsandbytes and Sophia an int.
+        state[key] = torch.tensor(value) if isinstance(optimizer, torch.optim.AdamW) else int(value)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients so that their global norm is at most max_norm (0: never). Returns the norm before, 0-dim.
+
+    The factor is max_norm / (norm + 1e-6), the one DeepSpeed uses, so that engines agree.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if max_norm > 0:
+        torch._foreach_mul_(grads, 1.0 / ((norm + 1e-6) / max_norm).clamp_min(1.0))
+    return norm
+
+
+def build_engine(
+    cfg: RunConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, Tensor],
+) -> Engine:
+    """The engine that `cfg.deepspeed` asks for."""
+    if cfg.deepspeed is None:
+        return Engine(model, optimizer, parameters, cfg.optim.clip_norm)
+    from .engine_zero import ZeroEngine  # DeepSpeed takes seconds to import
+
+    return ZeroEngine(cfg, model, optimizer, parameters)

@@ -1,0 +1,304 @@
+"""DeepSpeed ZeRO 0-3, with and without CPU offload.
+
+Facts this file rests on (DeepSpeed 0.19): `managed_gradient_accumulation: false` makes `engine.step()` the
+boundary, so a curvature micro-batch is one backward and one step. ZeRO 1-3 hand the optimizer flat fp32
+partitions, several times per step in stage 3. Stage 0 with fp32 adapters calls the optimizer itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import RunConfig
+from .engine import Engine, OptimizerState, Update, clip_gradients, missing_state, restore_counters
+from .errors import ConfigError
+from .optim import Lion, Sophia
+
+
+def read_ds_config(path: str) -> dict[str, Any]:
+    """A ds_config as a dict. Raises ConfigError if it is missing or not JSON."""
+    file = Path(path)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        here = sorted(p.name for p in file.parent.glob("*.json")) or ["zero2.json"]
+        raise ConfigError(
+            f"no file {path}",
+            "deepspeed=FILE names the engine's settings",
+            f"use one of: {', '.join(here)}",
+        ) from None
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not JSON: {error}", "DeepSpeed cannot read it", "mend the file"
+        ) from None
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"{path} is not a JSON object",
+            "DeepSpeed cannot read it",
+            "start from ds_configs/zero2.json",
+        )
+    return config
+
+
+# What the run's own configuration decides; a ds_config that says it too could contradict it silently.
+OWNED_BY_THE_RUN = {
+    "optimizer": "optim.name",
+    "scheduler": "optim.schedule",
+    "gradient_clipping": "optim.clip_norm",
+    "gradient_accumulation_steps": "train.accumulation",
+    "train_batch_size": "train.batch_size",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+
+
+def check_ds_config(
+    config: Mapping[str, Any], cfg: RunConfig, largest_adapter: int | None = None
+) -> int:
+    """Refuse a ds_config that contradicts the run, before anything is built. Returns the ZeRO stage."""
+    where = cfg.deepspeed
+    for key, ours in OWNED_BY_THE_RUN.items():
+        if key in config:
+            raise ConfigError(
+                f"{where} sets {key}",
+                f"the run decides that by {ours}",
+                f"delete {key} from it and set {ours}",
+            )
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    needed: list[tuple[bool, str, str]] = [
+        (
+            config.get("managed_gradient_accumulation", True) is False,
+            '"managed_gradient_accumulation": false',
+            "the trainer decides when gradients are complete, and curvature needs a boundary per micro-batch",
+        ),
+        (
+            stage == 0 or config.get("zero_allow_untested_optimizer", False) is True,
+            '"zero_allow_untested_optimizer": true',
+            "ZeRO admits only DeepSpeed's own optimizers without it",
+        ),
+        (
+            "offload_optimizer" not in zero
+            or config.get("zero_force_ds_cpu_optimizer", True) is False,
+            '"zero_force_ds_cpu_optimizer": false',
+            "offload would insist on DeepSpeed's CPU Adam",
+        ),
+    ]
+    for ok, setting, why in needed:
+        if not ok:
+            raise ConfigError(
+                f"{where} lacks {setting}", why, f"add {setting}, as in ds_configs/zero{stage}.json"
+            )
+    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
+    if (
+        stage == 3
+        and isinstance(threshold, int)
+        and largest_adapter is not None
+        and threshold < largest_adapter
+    ):
+        raise ConfigError(
+            f"{where}: stage3_param_persistence_threshold is {threshold}, the largest adapter has {largest_adapter}",
+            "the spectral penalty needs whole matrices on every process",
+            f"set stage3_param_persistence_threshold to {max(1_000_000, largest_adapter)} or more",
+        )
+    if cfg.optim.name == "adamw8bit" and stage > 0:
+        raise ConfigError(
+            "optim.name=adamw8bit with ZeRO stage 1-3",
+            "its quantised state has no whole-matrix form that a checkpoint could hold",
+            "use optim.name=adamw, or ds_configs/zero0.json",
+        )
+    return int(stage)
+
+
+def launch_environment() -> None:
+    """Let `python -m flex train deepspeed=...` be a world of one without the launcher."""
+    if "RANK" not in os.environ:
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed around the same model, optimizer and adapters. See `Engine` for the calls."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, Tensor],
+    ) -> None:
+        import deepspeed
+
+        assert cfg.deepspeed is not None
+        super().__init__(model, optimizer, parameters, cfg.optim.clip_norm)
+        config = read_ds_config(cfg.deepspeed)
+        self.stage = check_ds_config(config, cfg, max(p.numel() for p in parameters.values()))
+        if self.stage > 0:
+            config["gradient_clipping"] = cfg.optim.clip_norm
+        config["train_micro_batch_size_per_gpu"] = 1  # only DeepSpeed's sample counters use it
+        self.engine, self._wrapped, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config
+        )
+        self.model = self.engine
+        self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+        self._stage0_norm = torch.zeros(())
+        if self.stage == 0:
+            optimizer.register_step_pre_hook(self._before_step)
+
+    # ---- training ----
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Stage 0 has no norm and no guard of its own: here gradients are reduced and the step has not begun."""
+        curvature = isinstance(optimizer, Sophia) and optimizer.num_targets is not None
+        params = list(self.parameters.values())
+        self._stage0_norm = clip_gradients(params, 0.0 if curvature else self.clip_norm)
+        if not torch.isfinite(self._stage0_norm):
+            self._clear_gradients()  # the optimizer passes over parameters without a gradient
+
+    def update(self, lr: float) -> Update:
+        self._set_lr(lr)
+        self.engine.step()
+        if self.stage == 0:
+            norm = self._stage0_norm.item()
+        else:
+            norm = float(self._wrapped._global_grad_norm)
+        return Update(norm, not torch.isfinite(torch.tensor(norm)).item())
+
+    @torch.no_grad()
+    def shift(self, deltas: Mapping[nn.Parameter, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        for p, delta in deltas.items():
+            p.add_(delta)
+            if self.stage == 3:
+                safe_set_local_fp32_param(p, self._partition(p, p.detach()))
+            elif self.stage > 0:
+                safe_set_full_fp32_param(p, p.detach())
+
+    # ---- curvature ----
+
+    def add_curvature(self, num_targets: int) -> None:
+        assert isinstance(self.optimizer, Sophia)
+        self.optimizer.num_targets = num_targets
+        if self.stage > 0:
+            self._wrapped.clip_grad = 0.0  # clipping would shrink h by the square of the factor
+        try:
+            self.engine.step()
+        finally:
+            self.optimizer.num_targets = None
+            if self.stage > 0:
+                self._wrapped.clip_grad = self.clip_norm
+
+    # ---- between processes ----
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, torch.distributed.ReduceOp.SUM)
+
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, torch.distributed.ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
+        shared = tensor.detach().to(self.device, copy=True)
+        torch.distributed.all_reduce(shared, op=op)
+        return shared.to(tensor.device)
+
+    def gather_text(self, text: str) -> list[str]:
+        mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        sizes = self.all_reduce(
+            torch.eye(self.world, dtype=torch.int64)[self.rank] * len(mine)
+        ).tolist()
+        padded = mine.new_zeros(max(sizes))
+        padded[: len(mine)] = mine
+        rows = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(rows, padded)  # tensors, not objects: those would be pickled
+        return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
+
+    def barrier(self) -> None:
+        torch.distributed.barrier()
+
+    # ---- state ----
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self.stage == 0:
+            return super().full_parameters()
+        return {
+            name: safe_get_full_fp32_param(p).cpu().clone() for name, p in self.parameters.items()
+        }
+
+    def optimizer_state(self) -> OptimizerState:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self.stage == 0:
+            return super().optimizer_state()
+        state = next(iter(self.optimizer.state.values()))
+        keys = [k for k, v in state.items() if k != "step" and isinstance(v, Tensor)]
+        tensors = {
+            f"{name}/{key}": safe_get_full_optimizer_state(p, key).cpu().clone()
+            for name, p in self.parameters.items()
+            for key in keys
+        }
+        return OptimizerState(tensors, {k: float(v) for k, v in state.items() if k not in keys})
+
+    def load_optimizer_state(self, saved: OptimizerState) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.stage == 0:
+            return super().load_optimizer_state(saved)
+        flats = (
+            self._wrapped.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else (self._wrapped.single_partition_of_fp32_groups)
+        )
+        for flat in flats:
+            restore_counters(self.optimizer, allocate_state(self.optimizer, flat), saved.counters)
+        if self.stage < 3:
+            self._wrapped._lazy_init_hp_params_optimizer_state()  # links whole matrices to the flat state
+        for name, p in self.parameters.items():
+            prefix = f"{name}/"
+            mine = {k[len(prefix) :]: v for k, v in saved.tensors.items() if k.startswith(prefix)}
+            if not mine:
+                raise missing_state(name)
+            for key, value in mine.items():
+                if self.stage == 3:
+                    safe_set_local_optimizer_state(p, self._partition(p, value), key)
+                else:
+                    safe_set_full_optimizer_state(p, value, key)
+        return None
+
+    def _partition(self, p: nn.Parameter, full: Tensor) -> Tensor:
+        """This process's slice of a whole tensor as ZeRO-3 cuts it: equal parts, the last one zero-padded."""
+        numel = -(-full.numel() // self.world)
+        padded = full.new_zeros(numel * self.world)
+        padded[: full.numel()] = full.reshape(-1)
+        return padded.narrow(0, numel * self.rank, numel)
+
+    def close(self) -> None:
+        self.engine.destroy()
+        torch.distributed.destroy_process_group()
+
+
+def allocate_state(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
+    """State of a flat partition before the first step, to be filled from a checkpoint."""
+    if isinstance(optimizer, Sophia | Lion):
+        return optimizer.allocate(p)
+    state = optimizer.state[p]
+    state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return state

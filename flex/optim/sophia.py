@@ -1,0 +1,181 @@
+"""Sophia-G: momentum, divided by a curvature estimate, clipped (Liu et al. 2023, arXiv 2305.14342)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CurvatureError
+from ..kernels.sophia_update import curvature_update, sophia_update
+
+
+class Sophia(torch.optim.Optimizer):
+    """Sophia-G by the paper: h in natural units (B g^2), refreshed before the first update, bias-corrected.
+
+    Usable alone in any loop. Before the first `step()` and then every k steps, feed it the gradient of
+    labels that the model itself samples (`flex.optim.sample_labels`), one micro-batch at a time:
+
+        cross_entropy(logits, sample_labels(logits, keys), reduction="mean").backward()
+        optimizer.accumulate_curvature(num_targets); optimizer.zero_grad()     # for each micro-batch
+        optimizer.commit_curvature()                                           # then once
+
+    Squaring per micro-batch and averaging has noise sqrt(2/M) where the square of the average has sqrt(2).
+    It is element-wise, so it is right on ZeRO's flat partitions. ZeRO calls `step()` without arguments, once
+    per partition; so an engine that cannot call `accumulate_curvature` sets `num_targets` instead, and then
+    `step()` accumulates curvature and leaves the parameters alone.
+
+    Args:
+        params: parameters or groups. A group may set `curvature_offset`, the constant second derivative of a
+            quadratic penalty in the loss, which sampled labels cannot see.
+        lr: every clipped coordinate moves by lr (form C of the official code, form B of the paper).
+        betas: (momentum, curvature average per refresh); the second is the same for all groups, because
+            ZeRO-3 leaves groups empty between steps, when the curvature is committed.
+        gamma: coordinates with |m| < gamma h are not clipped; choose it so that 10-50 % are not.
+        eps: floor of gamma h.
+        weight_decay: decoupled, outside the clip.
+
+    State per parameter: `exp_avg` (m), `exp_avg_sq` (h, as ZeRO's universal checkpoints name it), and the ints
+    `step` and `refreshes`. All tensors have the parameter's shape and dtype.
+
+    Raises: ValueError on arguments out of range; CurvatureError if it steps before any refresh.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        gamma: float = 0.05,
+        eps: float = 1e-12,
+        weight_decay: float = 0.0,
+    ) -> None:
+        for name, value, ok in (
+            ("lr", lr, lr >= 0),
+            ("betas", betas, all(0 <= b < 1 for b in betas)),
+            ("gamma", gamma, gamma > 0),
+            ("eps", eps, eps > 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+        ):
+            if not ok:
+                raise ValueError(
+                    f"{name} is {value}; allowed: lr, weight_decay >= 0; 0 <= betas < 1; gamma, eps > 0"
+                )
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "gamma": gamma,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "curvature_offset": 0.0,
+        }
+        super().__init__(params, defaults)
+        self.num_targets: int | None = None  # set: step() accumulates curvature
+        self.clipped: Tensor | None = (
+            None  # 0-dim int64 count of the last update, over this process's share
+        )
+        self._estimates: dict[Tensor, Tensor] = {}  # sum over micro-batches of B g^2, until commit
+        self._micro_batches: dict[Tensor, int] = {}
+
+    def allocate(self, p: Tensor) -> dict[str, Any]:
+        """State of one parameter, made on first use; zeros."""
+        state = self.state[p]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+            state["step"] = 0
+            state["refreshes"] = 0
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient; or accumulate curvature while `num_targets` is set."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.num_targets is not None:
+            self.accumulate_curvature(self.num_targets)
+            return loss
+        for group in self.param_groups:
+            by_age: dict[tuple[int, int], list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.allocate(p)
+                    if state["refreshes"] == 0:
+                        raise CurvatureError(
+                            "Sophia.step() came before any curvature refresh",
+                            "with h = 0 every coordinate is clipped and the run is sign-momentum",
+                            "call accumulate_curvature(num_targets) and commit_curvature() before the first step",
+                        )
+                    state["step"] += 1
+                    by_age.setdefault((state["step"], state["refreshes"]), []).append(p)
+            beta1, beta2 = group["betas"][0], self.defaults["betas"][1]
+            for (step, refreshes), params in by_age.items():
+                clipped = sophia_update(
+                    params,
+                    [self.state[p]["exp_avg"] for p in params],
+                    [self.state[p]["exp_avg_sq"] for p in params],
+                    [p.grad for p in params],  # type: ignore[misc]
+                    lr=group["lr"],
+                    beta1=beta1,
+                    gamma=group["gamma"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    m_scale=1 / (1 - beta1**step),
+                    h_scale=1 / (1 - beta2**refreshes),
+                    h_offset=group["curvature_offset"],
+                )
+                self.clipped = clipped if self.clipped is None else self.clipped + clipped
+        return loss
+
+    @torch.no_grad()
+    def accumulate_curvature(self, num_targets: int) -> None:
+        """Add B g^2 of one micro-batch; .grad holds the gradient of the mean loss over B = num_targets
+        sampled labels. The gradients must not be clipped."""
+        if num_targets < 1:
+            raise ValueError(
+                f"num_targets is {num_targets}; it must be the number of loss tokens, >= 1"
+            )
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.allocate(p)
+                    estimate = self._estimates.get(p)
+                    if estimate is None:
+                        self._estimates[p] = p.grad.square().mul_(num_targets)
+                    else:
+                        estimate.addcmul_(p.grad, p.grad, value=num_targets)
+                    self._micro_batches[p] = self._micro_batches.get(p, 0) + 1
+
+    @torch.no_grad()
+    def commit_curvature(self) -> None:
+        """Fold the mean of the accumulated estimates into h."""
+        params = list(self._estimates)
+        curvature_update(
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [self._estimates[p].div_(self._micro_batches[p]) for p in params],
+            self.defaults["betas"][1],
+        )
+        for p in params:
+            self.state[p]["refreshes"] += 1
+        self.discard_curvature()
+
+    def discard_curvature(self) -> None:
+        """Forget estimates that were accumulated but not committed."""
+        self._estimates.clear()
+        self._micro_batches.clear()
+
+    def curvature_sums(self) -> Tensor:
+        """fp64 tensor [sum, sum of squares, max] of the bias-corrected h over this process's share."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        for state in self.state.values():
+            if state.get("refreshes") and state["exp_avg_sq"].numel():
+                h = state["exp_avg_sq"].double() / (
+                    1 - self.defaults["betas"][1] ** state["refreshes"]
+                )
+                sums[:2] += torch.stack([h.sum(), h.square().sum()]).cpu()
+                sums[2] = max(sums[2], h.max().cpu())
+        return sums

@@ -1,0 +1,167 @@
+"""One optimizer step, as a paper's method section would tell it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .optim import CurvatureStats, learning_rate, sample_labels
+from .optim.curvature import uniform_draws
+from .state import IGNORE, Batch, StepReport
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .data.loader import StepLoader
+    from .engine import Engine
+    from .penalty import SpectralPenalty
+
+
+def target_logits(model, batch: Batch) -> tuple[Tensor, Tensor]:  # noqa: ANN001 - PEFT model or DeepSpeed engine
+    """Logits and labels of the positions that bear loss, and of no others.
+
+    Returns: (n, V) logits in the model's dtype and (n,) int64 labels, documents in the batch's order.
+    """
+    bears_loss = batch.labels != IGNORE
+    columns = bears_loss.any(0).nonzero().squeeze(1)
+    if not len(columns):  # a validation filler: the forward still runs, for the lockstep of ZeRO-3
+        columns = columns.new_zeros(1)
+    layout = (
+        {"attention_mask": batch.attention_mask}
+        if batch.cu_seqlens is None
+        else {"cu_seqlens": batch.cu_seqlens}
+    )
+    output = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        logits_to_keep=columns,
+        use_cache=False,
+        **layout,
+    )
+    keep = bears_loss[:, columns]
+    if keep.all():
+        return output.logits.flatten(0, 1), batch.labels[:, columns].flatten()
+    return output.logits[keep], batch.labels[:, columns][keep]
+
+
+def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross-entropy in nats, fp32."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def refresh_is_due(cfg: RunConfig, step: int) -> bool:
+    """Whether update `step` (0-based) is preceded by a curvature refresh."""
+    curvature = cfg.optim.curvature
+    return cfg.optim.name == "sophia" and (step % curvature.every == 0 or step < curvature.warmup)
+
+
+def refresh_curvature(
+    cfg: RunConfig, engine: Engine, loader: StepLoader, batches: list[Batch], step: int
+) -> CurvatureStats:
+    """Gauss-Newton-Bartlett: labels from the model's own softmax; per micro-batch B g^2; their mean into h."""
+    for m, batch in enumerate(batches[: cfg.optim.curvature.micro_batches]):
+        logits, labels = target_logits(engine.model, batch)
+        draws = uniform_draws(
+            cfg.seed, step, batch.example_ids.tolist(), batch.targets_per_example()
+        )
+        num_targets = loader.targets_of_micro_step(step, m)
+        sampled = sample_labels(logits.detach(), draws)
+        engine.backward(loss_sum(logits, sampled) * (engine.world / num_targets))
+        engine.add_curvature(num_targets)
+    return engine.commit_curvature()
+
+
+def train_step(
+    cfg: RunConfig,
+    engine: Engine,
+    loader: StepLoader,
+    penalty: SpectralPenalty | None,
+    step: int,
+    total_steps: int,
+    flags: tuple[float, float] = (0.0, 0.0),
+) -> tuple[StepReport, tuple[float, float]]:
+    """Update number `step` (0-based).
+
+    `flags` are this process's wishes (stop, save); they ride on the reduction of the loss, and their sums over
+    processes come back, so that all processes stop at the same step.
+    """
+    start = time.perf_counter()
+    engine.model.train()
+    batches = [batch.to(engine.device) for batch in loader.micro_batches(step)]
+    num_targets = loader.targets(step)
+    lr = learning_rate(cfg.optim, step, total_steps)
+
+    stats = None
+    if refresh_is_due(cfg, step):
+        stats = refresh_curvature(cfg, engine, loader, batches, step)
+
+    total = torch.zeros((), dtype=torch.float64)
+    last = len(batches) - 1
+    for m, batch in enumerate(batches):
+        logits, labels = target_logits(engine.model, batch)
+        loss = loss_sum(logits, labels)
+        total += loss.detach().double().cpu()
+        loss = loss * (engine.world / num_targets)
+        if m == last and penalty is not None and cfg.penalty.coupling == "gradient":
+            # A term of the loss, so that its gradient is in place before ZeRO reduces: a partition has no FFT.
+            loss = loss + penalty.as_loss(engine.rank, engine.world)
+        engine.backward(loss)
+
+    deltas = {}
+    if penalty is not None and cfg.penalty.coupling == "decoupled":
+        deltas = penalty.decoupled_deltas(lr)
+    update = engine.update(lr)
+    if deltas and not update.skipped:
+        engine.shift(deltas)
+
+    shared = torch.cat(
+        [total[None], penalty_sums(penalty, engine.rank), torch.tensor(flags, dtype=torch.float64)]
+    )
+    loss_total, value, grad_square, stop, save = engine.all_reduce(shared).tolist()
+    report = StepReport(
+        step=step + 1,
+        loss=loss_total / num_targets,
+        lr=lr,
+        grad_norm=update.grad_norm,
+        tokens=num_targets,
+        positions=loader.positions(step),
+        seconds=time.perf_counter() - start,
+        penalty=value,
+        penalty_weighted=cfg.penalty.weight * value,
+        penalty_share=grad_square**0.5 / update.grad_norm if update.grad_norm > 0 else 0.0,
+        clipped_fraction=None if update.skipped else engine.clipped_fraction(),
+        curvature_mean=None if stats is None else stats.mean,
+        refreshed=stats is not None,
+        skipped=update.skipped,
+    )
+    return report, (stop, save)
+
+
+def penalty_sums(penalty: SpectralPenalty | None, rank: int) -> Tensor:
+    """[P, |lambda grad P|^2] of this process's share, fp64 on the CPU: they sum up to the whole."""
+    if penalty is None or penalty.last_report is None:
+        return torch.zeros(2, dtype=torch.float64)
+    everywhere_whole = (
+        penalty.config.coupling == "decoupled"
+    )  # then every process computes all of it
+    return penalty.last_report.sums.double().cpu() * (0.0 if everywhere_whole and rank > 0 else 1.0)
+
+
+@torch.no_grad()
+def validation_loss(engine: Engine, batches: list[Batch]) -> float:
+    """Mean cross-entropy per target token over all processes' batches, in nats. Leaves the model in train mode."""
+    engine.model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        batch = batch.to(engine.device)
+        logits, labels = target_logits(engine.model, batch)
+        if batch.num_targets:
+            sums += torch.tensor(
+                [loss_sum(logits, labels).item(), batch.num_targets], dtype=torch.float64
+            )
+    engine.model.train()
+    total, count = engine.all_reduce(sums).tolist()
+    return total / count if count else float("nan")
