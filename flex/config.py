@@ -163,7 +163,7 @@ class PenaltyConfig(Section):
         return self.weight > 0.0
 
 
-# Learning rate and betas when the user gives none. AdamW: as FLeX was published; Sophia: about half of
+# Learning rate and betas when the user gives none. AdamW: as published; Sophia: about half of
 # AdamW's rate, momentum 0.9 because 0.965 averages over more steps than a short fine-tune has.
 OPTIMIZER_DEFAULTS: dict[str, tuple[float, tuple[float, float]]] = {
     "adamw": (2e-4, (0.9, 0.999)),
