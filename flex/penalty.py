@@ -1,0 +1,448 @@
+"""The spectral penalty over all adapters of a model, for any training loop: two lines.
+
+    penalty = SpectralPenalty.from_model(peft_model, weight=0.02)
+    ...
+    loss.backward()
+    penalty.add_gradients()  # before optimizer.step()
+
+P is the sum (or mean) over matrices of sum_k rho(k) |F(w)_k|^2; the formula is in
+flex/kernels/spectral_penalty/reference.py. Matrices of one shape are stacked, so that a step costs
+a handful of launches whatever their number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from flex.config import PenaltyConfig
+from flex.errors import CheckpointError, ConfigError, ModelError
+from flex.kernels.spectral_penalty import (
+    Spectrum,
+    curvature_constant,
+    high_band_energy,
+    spectral_penalty,
+    spectral_penalty_delta,
+)
+
+log = logging.getLogger("flex.penalty")
+
+# (parameters, lambda * gradient stacked over them), per group of equal matrices
+Gradients = list[tuple[tuple[nn.Parameter, ...], Tensor]]
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One adapted linear: A (r, d_in), B (d_out, r), scale = alpha / r; the model's names."""
+
+    a_name: str
+    a: nn.Parameter
+    b_name: str
+    b: nn.Parameter
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class PenaltyReport:
+    """What the penalty was, over the share of the matrices it was computed for.
+
+    `sums` (2,) = [P, |lambda grad P|^2] on the device. They are partial sums: all-reduce them with
+    SUM and pass the result to `PenaltyReport(sums, weight)`. The properties wait for the device.
+    """
+
+    sums: Tensor
+    weight: float
+
+    @property
+    def value(self) -> float:
+        """P."""
+        return float(self.sums[0])
+
+    @property
+    def weighted(self) -> float:
+        """lambda * P."""
+        return self.weight * self.value
+
+    @property
+    def grad_norm(self) -> float:
+        """|lambda * grad P|; 0 when the penalty is detached."""
+        return float(self.sums[1]) ** 0.5
+
+
+def find_pairs(model: nn.Module) -> list[LoraPair]:
+    """Every LoRA linear of a PEFT model with a trainable factor, in module order.
+
+    LoRA on embeddings and convolutions has no matrix pair of this form: counted in one logged line.
+
+    Raises:
+        ModelError: ZeRO-3 has partitioned a factor.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    pairs, left_out = [], 0
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        left_out += len(module.lora_embedding_A)
+        for adapter in module.lora_A:
+            a = cast(nn.Parameter, module.lora_A[adapter].weight)
+            b = cast(nn.Parameter, module.lora_B[adapter].weight)
+            for p in (a, b):
+                _require_whole(names[id(p)], p)
+            if not (a.requires_grad or b.requires_grad):
+                continue
+            if a.ndim == 2 and b.ndim == 2:
+                scale = module.scaling[adapter]
+                pairs.append(LoraPair(names[id(a)], a, names[id(b)], b, scale))
+            else:
+                left_out += 1
+    if left_out:
+        log.warning("%d LoRA layers are not linear and stay outside the spectral penalty", left_out)
+    return pairs
+
+
+class SpectralPenalty:
+    """lambda * P over LoRA pairs, with its exact gradient. A0, B0 are the weights at construction.
+
+    Args:
+        pairs: the adapters; `from_model` finds those of a PEFT model.
+        config: a PenaltyConfig, or none and its fields as keyword arguments.
+
+    Raises:
+        ConfigError: both a config and options.
+        ModelError: no trainable LoRA matrix, or one that ZeRO-3 has partitioned.
+    """
+
+    def __init__(
+        self, pairs: Iterable[LoraPair], config: PenaltyConfig | None = None, **options: Any
+    ) -> None:
+        if config is not None and options:
+            raise ConfigError(
+                f"SpectralPenalty got a config and also {', '.join(options)}",
+                "one of the two would be ignored",
+                "pass the fields either in PenaltyConfig(...) or as keyword arguments",
+            )
+        self.config = config if config is not None else PenaltyConfig(**options)
+        self.pairs = tuple(pairs)
+        self.last_report: PenaltyReport | None = None
+        if not any(p.a.requires_grad or p.b.requires_grad for p in self.pairs):
+            raise ModelError(
+                "no trainable LoRA matrix found",
+                "the spectral penalty acts on the lora_A and lora_B weights of linear layers",
+                "wrap the model with peft.get_peft_model first; check lora.targets",
+            )
+        fields = Spectrum.__dataclass_fields__
+        self.spectrum = Spectrum(**{name: getattr(self.config, name) for name in fields})
+        self._groups = self._stack_equal_shapes()
+        # what a rank takes whole: a matrix, or for delta_w a pair
+        self._units = [(g, i) for g, group in enumerate(self._groups) for i in range(len(group))]
+        mean = self.config.reduce == "mean"
+        self._factor = self.config.weight / (len(self._units) if mean else 1)
+        self._spans = lru_cache(maxsize=8)(self._find_spans)
+
+    @classmethod
+    def from_model(
+        cls, model: nn.Module, config: PenaltyConfig | None = None, **options: Any
+    ) -> SpectralPenalty:
+        """Over every trainable LoRA linear of a PEFT model, stock layers included."""
+        return cls(find_pairs(model), config, **options)
+
+    @torch.no_grad()
+    def add_gradients(self) -> PenaltyReport:
+        """Add lambda * grad P into p.grad in place: once per optimizer step, before clipping."""
+        targets, increments = [], []
+        for params, stacked in self._step("gradient"):
+            for param, grad in zip(params, stacked.unbind(), strict=True):
+                if param.grad is None:
+                    param.grad = grad.to(param.dtype)
+                else:
+                    targets.append(param.grad)
+                    increments.append(grad)
+        if targets:
+            torch._foreach_add_(targets, increments)
+        assert self.last_report is not None
+        return self.last_report
+
+    def as_loss(self, rank: int = 0, world: int = 1) -> Tensor:
+        """A 0-dim tensor of value 0 to add to the loss; its backward adds the penalty's gradient.
+
+        Backward gives (incoming gradient) * world * lambda * grad P for this rank's share of the
+        matrices and nothing for the others, so that a mean over ranks is lambda * grad P once.
+        Where the engine divides the loss (accumulation), multiply by that number. Shares are runs
+        of whole matrices, known without communication, equal in elements up to one matrix.
+        `last_report` holds the figures of the share.
+        """
+        gradients = self._step("gradient", rank, world)
+        if self.config.detached or not self.config.active:
+            return torch.zeros((), device=self.pairs[0].a.device)
+        inputs = [p for group in self._groups for p in group.trainable]
+        places = {id(p): i for i, p in enumerate(inputs)}
+        return _PenaltyLoss.apply(gradients, float(world), places, *inputs)
+
+    def decoupled_deltas(self, lr: float) -> dict[nn.Parameter, Tensor]:
+        """-lr * lambda * grad P per matrix, to add to the weights beside the optimizer's update."""
+        return {
+            param: delta
+            for params, stacked in self._step("decoupled")
+            for param, delta in zip(params, (stacked * -lr).unbind(), strict=True)
+        }
+
+    def measure(self, rank: int = 0, world: int = 1) -> PenaltyReport:
+        """The figures of a share, without touching any gradient."""
+        return self._compute(rank, world)[1]
+
+    def curvature_constants(self) -> dict[str, float]:
+        """Diagonal of lambda * P's Hessian by parameter name: one exact constant per matrix.
+
+        Empty when the penalty has no gradient (weight 0, detached).
+
+        Raises:
+            ConfigError: target=delta_w, whose diagonal moves with the other factor.
+        """
+        if not self.config.active or self.config.detached:
+            return {}
+        if self.config.target == "delta_w":
+            raise ConfigError(
+                "penalty.target=delta_w has no constant curvature",
+                "the diagonal moves with the other factor; Sophia would divide by a wrong number",
+                "set penalty.coupling=decoupled, or penalty.target=factor_updates",
+            )
+        return {
+            name: self._factor * curvature_constant(stack.shape, self.spectrum, role=stack.role)
+            for group in self._groups
+            for stack in group.stacks
+            for name in stack.names
+        }
+
+    def high_band_share(self) -> dict[str, float]:
+        """Share of the energy above the threshold in the A's and in the B's, 0 to 1.
+
+        Of the updates w - w0, or of the raw matrices for target=factors; 0.0 while there is no
+        energy (the first step). Works at weight 0 too: a control's spectrum.
+        """
+        sums = {role: torch.zeros(2, dtype=torch.float64) for role in ("A", "B")}
+        for group in self._groups:
+            for stack in group.stacks:
+                energies = high_band_energy(stack.update(), self.spectrum, role=stack.role)
+                sums[stack.role] += torch.stack([e.double().sum() for e in energies]).cpu()
+        return {role: float(s[0] / s[1]) if s[1] > 0 else 0.0 for role, s in sums.items()}
+
+    def warnings_at_start(self, task_loss_guess: float = 1.0) -> list[str]:
+        """What is suspicious about this penalty on these weights; each line is logged as well."""
+        if not self.config.active:
+            return []
+        found = []
+        weighted = self.measure().weighted
+        if self.config.detached:
+            found.append(
+                f"the penalty is detached (preset {self.config.preset}): lambda*P = {weighted:.4g} "
+                "is logged but has no gradient; drop penalty.detached for a penalty that acts"
+            )
+        elif weighted > task_loss_guess:
+            found.append(
+                f"lambda*P = {weighted:.4g} dwarfs a task loss of about {task_loss_guess:.3g}: the "
+                "adapter will shrink rather than learn; use preset flex or a smaller penalty.weight"
+            )
+        stacks = [stack for group in self._groups for stack in group.stacks]
+        if not any(curvature_constant(s.shape, self.spectrum, role=s.role) for s in stacks):
+            found.append(
+                "rho is 0 at every frequency, so the penalty is inert: lower penalty.phi_high or "
+                "penalty.threshold"
+            )
+        for message in found:
+            log.warning(message)
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The starting values A0, B0 by parameter name (copies); empty for target=factors."""
+        return {name: start.clone() for name, start in self._starts().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore A0, B0, so that a resumed run measures its updates from the same point.
+
+        Raises:
+            CheckpointError: a name is missing or unknown, or a shape differs; nothing is changed.
+        """
+        starts = self._starts()
+        wrong = sorted(starts.keys() ^ state.keys())
+        wrong += [n for n in starts if n in state and state[n].shape != starts[n].shape]
+        if wrong:
+            raise CheckpointError(
+                f"{len(wrong)} starting weights of the penalty do not fit, the first is {wrong[0]}",
+                "updates would be measured from another point than in the run that was saved",
+                "resume with the lora section and penalty.target of that run, or set resume=never",
+            )
+        for name, start in starts.items():
+            start.copy_(state[name])
+        for group in self._groups:
+            group.note_start()
+
+    def _stack_equal_shapes(self) -> list[_Group]:
+        keep = self.config.target != "factors"
+        members: dict[tuple, list[LoraPair]] = {}
+        if self.config.target == "delta_w":
+            for p in self.pairs:
+                members.setdefault((*_kind(p.a), *_kind(p.b), p.scale), []).append(p)
+            return [
+                _Group([_Stack.of(role, m, keep) for role in "AB"], m[0].scale)
+                for m in members.values()
+            ]
+        for p in self.pairs:
+            for role, w in (("A", p.a), ("B", p.b)):
+                if w.requires_grad:
+                    members.setdefault((role, *_kind(w)), []).append(p)
+        return [_Group([_Stack.of(key[0], m, keep)]) for key, m in members.items()]
+
+    def _starts(self) -> dict[str, Tensor]:
+        return {
+            name: stack.start[i]
+            for group in self._groups
+            for stack in group.stacks
+            if stack.start is not None
+            for i, name in enumerate(stack.names)
+        }
+
+    def _find_spans(self, rank: int, world: int) -> list[tuple[int, slice]]:
+        """Runs (group, members) of `rank`: the units whose middle lies in its 1/world of all."""
+        if not 0 <= rank < world:
+            raise ValueError(f"rank={rank}, world={world}; allowed: 0 <= rank < world")
+        sizes = [self._groups[g].unit_elements for g, _ in self._units]
+        total, before = sum(sizes), 0
+        mine: dict[int, list[int]] = {}
+        for (group, index), size in zip(self._units, sizes, strict=True):
+            if (2 * before + size) * world // (2 * total) == rank:
+                mine.setdefault(group, []).append(index)
+            before += size
+        return [(group, slice(run[0], run[-1] + 1)) for group, run in mine.items()]
+
+    def _step(self, coupling: str, rank: int = 0, world: int = 1) -> Gradients:
+        """What a step applies, checked to be applied as configured; fills `last_report`."""
+        acts = self.config.active and not self.config.detached
+        if acts and self.config.coupling != coupling:
+            raise ConfigError(
+                f"penalty.coupling={self.config.coupling}, but the {coupling} form was called",
+                "the penalty would be applied in another way than configured",
+                "gradient: add_gradients() or as_loss(); decoupled: decoupled_deltas()",
+            )
+        gradients, self.last_report = self._compute(rank, world)
+        return gradients if acts else []
+
+    def _compute(self, rank: int, world: int) -> tuple[Gradients, PenaltyReport]:
+        """lambda * grad P of a share (frozen matrices left out) and its figures."""
+        zero = torch.zeros((), device=self.pairs[0].a.device)
+        weighted, square = zero, zero
+        gradients: Gradients = []
+        for index, span in self._spans(rank, world) if self.config.active else ():
+            group = self._groups[index]
+            values, grads = group.gradients(span, self.spectrum, self._factor)
+            weighted = weighted + values.sum().to(zero.device)
+            for stack, grad in zip(group.stacks, grads, strict=True):
+                if stack.trainable and not self.config.detached:
+                    gradients.append((stack.params[span], grad))
+                    square = square + torch.linalg.vector_norm(grad).square().to(zero.device)
+        value = weighted / self.config.weight if self.config.active else weighted
+        return gradients, PenaltyReport(torch.stack([value, square]), self.config.weight)
+
+
+class _Stack:
+    """Matrices of one role, shape, dtype and device; `start` (M, rows, columns) is w0, or none."""
+
+    def __init__(self, role: str, names: list[str], params: list[nn.Parameter], keep: bool) -> None:
+        self.role, self.names, self.params = role, tuple(names), tuple(params)
+        self.trainable = params[0].requires_grad
+        self.start = self.current() if keep else None
+        self.shape = (params[0].shape[0], params[0].shape[1])
+
+    @classmethod
+    def of(cls, role: str, pairs: list[LoraPair], keep: bool) -> _Stack:
+        if role == "A":
+            return cls(role, [p.a_name for p in pairs], [p.a for p in pairs], keep)
+        return cls(role, [p.b_name for p in pairs], [p.b for p in pairs], keep)
+
+    def current(self, span: slice = slice(None)) -> Tensor:
+        """w (m, rows, columns), a copy."""
+        for name, param in zip(self.names[span], self.params[span], strict=True):
+            _require_whole(name, param)
+        return torch.stack([p.detach() for p in self.params[span]])
+
+    def update(self, span: slice = slice(None)) -> Tensor:
+        """w - w0, or w when no start is kept."""
+        w = self.current(span)
+        return w if self.start is None else w.sub_(self.start[span])
+
+
+class _Group:
+    """What is computed together: one stack, or for delta_w the A's and B's of equal pairs."""
+
+    def __init__(self, stacks: list[_Stack], scale: float = 1.0) -> None:
+        self.stacks, self.scale = stacks, scale
+        self.unit_elements = sum(s.params[0].numel() for s in stacks)
+        self.trainable = [p for s in stacks if s.trainable for p in s.params]
+        self.note_start()
+
+    def __len__(self) -> int:
+        return len(self.stacks[0].params)
+
+    def note_start(self) -> None:
+        """B0 = 0, as PEFT starts, spares delta_w the terms of B0 A0."""
+        start = self.stacks[-1].start
+        self.moved = start is not None and bool(start.any())
+
+    def gradients(
+        self, span: slice, spectrum: Spectrum, weight: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """weight * P (m,) and its gradient per stack, for the members in `span`."""
+        if len(self.stacks) == 1:
+            (s,) = self.stacks
+            value, grad = spectral_penalty(s.update(span), spectrum, role=s.role, weight=weight)
+            return value, (grad,)
+        a, b = self.stacks
+        a0, b0 = (s.start[span] if self.moved and s.start is not None else None for s in (a, b))
+        w_a, w_b = a.current(span), b.current(span)
+        value, *grads = spectral_penalty_delta(
+            w_a, w_b, spectrum, a0=a0, b0=b0, scale=self.scale, weight=weight
+        )
+        return value, tuple(grads)
+
+
+class _PenaltyLoss(torch.autograd.Function):
+    """0 forward; backward hands out gradients that are already known. Keeps no parameter in ctx."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gradients: Gradients, world: float, places: dict, *params: Tensor
+    ) -> Tensor:
+        ctx.gradients, ctx.world, ctx.places = gradients, world, places
+        return torch.zeros((), device=params[0].device)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple:
+        found: list[Tensor | None] = [None] * len(ctx.places)
+        for params, stacked in ctx.gradients:
+            scaled = stacked * (upstream * ctx.world).to(stacked.device, stacked.dtype)
+            for param, grad in zip(params, scaled.unbind(), strict=True):
+                found[ctx.places[id(param)]] = grad
+        return None, None, None, *found
+
+
+def _kind(w: Tensor) -> tuple:
+    _require_whole("a LoRA matrix", w)
+    return (*w.shape, w.dtype, w.device, w.requires_grad)
+
+
+def _require_whole(name: str, w: Tensor) -> None:
+    if w.numel() == 0:
+        how = "partitioned by ZeRO-3" if hasattr(w, "ds_id") else "empty"
+        raise ModelError(
+            f"{name} is {how} (0 elements here)",
+            "a transform needs the whole matrix; the penalty would silently be 0",
+            'set "stage3_param_persistence_threshold" to 1e6 or more in the ds_config',
+        )
