@@ -22,9 +22,10 @@ OPTIONS = {
 
 def tensors(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    make = lambda: [
-        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in SHAPES
-    ]  # noqa: E731
+
+    def make():
+        return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in SHAPES]
+
     p, m, g = make(), make(), make()
     return p, m, [x.square() for x in make()], g
 
