@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -43,21 +43,12 @@ class FlexLoraLinear(Linear):
             FALLBACKS[reason] += 1
             return super().forward(x, *args, **kwargs)
         name = self.active_adapters[0]
-        base, dropout = self.base_layer, self.lora_dropout[name]
+        base, dropout = cast(nn.Linear, self.base_layer), self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        # From torch's CPU generator: activation checkpointing restores it, so the recomputed mask
-        # is the same.
-        seed = int(torch.randint(SEEDS, ())) if p > 0 else None
-        return lora_linear(
-            x,
-            base.weight,
-            base.bias,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            self.scaling[name],
-            p,
-            seed,
-        )
+        # From torch's CPU generator: activation checkpointing restores it, so the mask recurs.
+        seed = int(torch.randint(SEEDS, (), device="cpu")) if p > 0 else None
+        a, b = _factors(self, name)
+        return lora_linear(x, base.weight, base.bias, a, b, self.scaling[name], p, seed)
 
     def _why_not_fused(
         self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -138,12 +129,7 @@ def factor_pairs(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Parameter
     """(module name, A (r, d_in), B (d_out, r), scale) of every active adapter, ordered by name."""
     return sorted(
         (
-            (
-                name,
-                module.lora_A[adapter].weight,
-                module.lora_B[adapter].weight,
-                module.scaling[adapter],
-            )
+            (name, *_factors(module, adapter), module.scaling[adapter])
             for name, module in model.named_modules()
             if isinstance(module, LoraLayer)
             for adapter in module.active_adapters
@@ -151,6 +137,12 @@ def factor_pairs(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Parameter
         ),
         key=lambda pair: pair[0],
     )
+
+
+def _factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B, the Parameter objects themselves (ZeRO-3 gathers behind them)."""
+    a, b = cast(nn.Linear, layer.lora_A[adapter]), cast(nn.Linear, layer.lora_B[adapter])
+    return cast(nn.Parameter, a.weight), cast(nn.Parameter, b.weight)
 
 
 def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:

@@ -1,0 +1,230 @@
+"""The frozen base model and its tokenizer, from a name."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from flex.config import ModelConfig
+from flex.errors import ModelError
+from flex.model import attention
+from flex.model.presets import byte_tokenizer, shape_config
+from flex.model.smollm2 import smollm2_folder
+
+log = logging.getLogger("flex.model")
+
+_SHAPE = "shape:"
+_AnyAuto: Any = AutoModelForCausalLM  # its annotations leave out output_loading_info
+
+
+def resolve(cfg: ModelConfig) -> str:
+    """Where `cfg.name` lives: a local folder (absolute), a Hub id, or `shape:<preset>` as it is.
+
+    `smollm2-135m` is fetched and converted here, the first time.
+
+    Raises:
+        ModelError: a local folder that is missing or holds no model.
+    """
+    name = cfg.name
+    if name.startswith(_SHAPE):
+        shape_config(name.removeprefix(_SHAPE))
+        return name
+    if name == "smollm2-135m":
+        return str(smollm2_folder())
+    folder = Path(name).expanduser()
+    # A Hub id is `name` or `owner/name`; anything else can only be a path.
+    if not folder.exists() and (
+        name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/")
+    ):
+        raise ModelError(
+            f"model.name: no folder {name}", "the base model is read from it", "correct model.name"
+        )
+    if not folder.exists():
+        return name
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ModelError(
+            f"model.name: {folder} holds an adapter, not a model",
+            "an adapter is a difference to a base model",
+            "set model.name to the base, or merge first: python -m flex merge",
+        )
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            f"model.name: {folder} has no config.json",
+            "without it the model's architecture is unknown",
+            "point model.name to a folder that holds config.json and *.safetensors",
+        )
+    return str(folder.resolve())
+
+
+def load_config(cfg: ModelConfig) -> PreTrainedConfig:
+    """The architecture of `cfg.name`, without its weights.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    source = resolve(cfg)
+    if source.startswith(_SHAPE):
+        return shape_config(source.removeprefix(_SHAPE))
+    with _explained(source):
+        return AutoConfig.from_pretrained(
+            source, revision=cfg.revision or "main", trust_remote_code=False
+        )
+
+
+def load_model(
+    cfg: ModelConfig, device: torch.device | str = "cpu", *, seed: int = 0
+) -> PreTrainedModel:
+    """Load the base: frozen, in eval mode, without a KV cache, in `cfg.dtype`, on `device`.
+
+    Args:
+        cfg: the model section. `attention=auto` is `flex_varlen` where the architecture allows it.
+        device: where the weights go; `meta` allocates nothing (shape models).
+        seed: of the weights of a `shape:` model. Not the run's seed: two runs should share one
+            base.
+
+    Raises:
+        ModelError: the weights are missing, not safetensors, need code from the Hub, or do not fit
+            the config.
+    """
+    source = resolve(cfg)
+    config = load_config(cfg)
+    dtype = getattr(torch, cfg.dtype)
+    with _explained(source):
+        if source.startswith(_SHAPE):
+            model = _random_model(
+                config, dtype, torch.device(device), seed, _attention(cfg, config)
+            )
+            model.name_or_path = source
+        else:
+            model, info = _AnyAuto.from_pretrained(
+                source,
+                config=config,
+                revision=cfg.revision or "main",
+                dtype=dtype,
+                device_map=str(device),
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation=_attention(cfg, config),
+                output_loading_info=True,
+            )
+            _complete(source, info)
+    model.requires_grad_(False)
+    model.eval()
+    model.config.use_cache = False
+    if cfg.gradient_checkpointing:
+        # Non-reentrant: gradients reach the adapters although the embeddings are frozen, and
+        # dropout is replayed.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to `cfg.name`; it always has an EOS and a padding token.
+
+    Raises:
+        ModelError: no tokenizer there, or one without an EOS token.
+    """
+    source = resolve(cfg)
+    if source.startswith(_SHAPE):
+        return byte_tokenizer(shape_config(source.removeprefix(_SHAPE)).max_position_embeddings)
+    with _explained(source):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=cfg.revision or "main", trust_remote_code=False
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {source} has no EOS token",
+            "a completion must end with one, or the model never learns to stop",
+            "set eos_token in its tokenizer_config.json",
+        )
+    if tokenizer.pad_token_id is None:
+        log.info("%s has no padding token: EOS pads (padding bears no loss)", source)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _complete(source: str, info: dict[str, Any]) -> None:
+    """transformers only warns of missing weights, and fills them with random numbers."""
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            f"{source} lacks {len(missing)} weights, first {missing[0]}",
+            "they would be random numbers",
+            "check that config.json and the safetensors belong together",
+        )
+    if info["unexpected_keys"]:
+        log.info(
+            "%d weights of %s belong to no layer and are left out",
+            len(info["unexpected_keys"]),
+            source,
+        )
+
+
+def _attention(cfg: ModelConfig, config: PreTrainedConfig) -> str | None:
+    if cfg.attention != "auto":
+        return cfg.attention
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if family is not None and family._supports_attention_backend and family._supports_sdpa:
+        attention.register()
+        return attention.NAME
+    log.info(
+        "attention: %s keeps transformers' default, packed attention does not fit it",
+        config.model_type,
+    )
+    return None
+
+
+def _random_model(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    implementation: str | None,
+) -> PreTrainedModel:
+    """Random weights straight in `dtype` on `device`: a 7B model never exists in fp32."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), torch.device(device):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=implementation
+        )
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turn the libraries' errors into one that says what to type."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"no memory for {source} on the device",
+            "the frozen base must fit beside the adapters and the activations",
+            "free the device, use model.dtype=bfloat16 or a smaller model",
+        ) from error
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        reason = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        raise ModelError(
+            f"cannot load {source}: {reason}",
+            "only safetensors are read, and code from the Hub is never run",
+            "check the files of that folder"
+            if os.path.isdir(source)
+            else "it is no folder here; as a Hub id: check spelling, network and `hf auth login`",
+        ) from error

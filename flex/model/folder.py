@@ -1,0 +1,76 @@
+"""Folders that appear whole or not at all: write into a temporary sibling, fsync, rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flex.errors import ModelError
+
+
+@contextmanager
+def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; leaving the block without an error renames it to
+    `target`.
+
+    An error inside the block removes the temporary folder and leaves `target` as it was. With
+    `replace`, an existing `target` is moved aside first and deleted last.
+
+    Raises:
+        ModelError: `target` holds something and `replace` is false, or the disk refuses.
+    """
+    if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelError(
+            f"{target} exists and is not empty",
+            "nothing is ever overwritten without being asked",
+            "name another folder, or remove this one yourself",
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = _sibling(target)
+        draft.mkdir()
+    except OSError as error:
+        raise ModelError(
+            f"cannot write to {target.parent}: {error}",
+            "the result has nowhere to go",
+            "name another folder",
+        ) from error
+    try:
+        yield draft
+        _settle(draft)
+        if target.exists():
+            aside = _sibling(target)
+            target.rename(aside)
+            draft.rename(target)
+            shutil.rmtree(aside)
+        else:
+            draft.rename(target)
+        _sync_one(target.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _sibling(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+
+
+def _settle(folder: Path) -> None:
+    """A rename survives a power cut only if what it names is on the disk before it."""
+    readable = folder.stat().st_mode & 0o666  # safetensors writes its files for this user alone
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(readable)
+        _sync_one(path)
+    _sync_one(folder)
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
