@@ -68,8 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"flex-lora {flex.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(where: argparse._SubParsersAction, name: str, run: Callable, help: str):  # noqa: ANN202
-        command = where.add_parser(name, help=help, description=help)
+    def add(
+        where: argparse._SubParsersAction, name: str, run: Callable, help: str
+    ) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = where.add_parser(name, help=help, description=help)
         command.set_defaults(run=run)
         return command
 

@@ -169,19 +169,17 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise not_a_section(key, raw, "on the command line")
     if key not in OPTIONS:
         raise unknown_option(key, "on the command line")
+    if OPTIONS[key].is_text:  # as it stands: a path may hold `#` or `: `, and name=1e4 is "1e4"
+        absent = raw == "" or (raw in ("~", "null") and OPTIONS[key].annotation is not str)
+        return key, None if absent else raw
     try:
-        value = yaml_io.parse(raw)
+        return key, yaml_io.parse(raw)
     except yaml.YAMLError as error:
-        value = raw
-        if not OPTIONS[key].is_text:
-            raise ConfigError(
-                f"{key}={raw} cannot be read: {getattr(error, 'problem', None) or error}",
-                "a value is written as in YAML",
-                f"quote it for the shell, for example '{key}=[a, b]' for a list",
-            ) from None
-    if OPTIONS[key].is_text and not isinstance(value, str | None):
-        value = raw  # name=1e4 names the run "1e4"
-    return key, value
+        raise ConfigError(
+            f"{key}={raw} cannot be read: {getattr(error, 'problem', None) or error}",
+            "a value is written as in YAML",
+            f"quote it for the shell, for example '{key}=[a, b]' for a list",
+        ) from None
 
 
 def _line(error: yaml.YAMLError) -> str:

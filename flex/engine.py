@@ -5,15 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError
 from .optim import CurvatureStats, Sophia
+from .processes import all_reduce
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from .config import RunConfig
 
 
@@ -66,6 +69,11 @@ class Engine:
         )
 
     @property
+    def peft_model(self) -> PeftModel:
+        """The PEFT model itself, without what an engine wraps around it."""
+        return cast("PeftModel", getattr(self.model, "module", self.model))
+
+    @property
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
 
@@ -115,9 +123,9 @@ class Engine:
         assert isinstance(self.optimizer, Sophia)
         self.optimizer.commit_curvature()
         sums = self.optimizer.curvature_sums()
-        peak = self.all_reduce_max(sums[2:])
+        peak = all_reduce(sums[2:], largest=True)
         stats = CurvatureStats.from_sums(
-            torch.cat([self.all_reduce(sums[:2]), peak]), self.num_parameters
+            torch.cat([all_reduce(sums[:2]), peak]), self.num_parameters
         )
         stats.check()
         return stats
@@ -127,24 +135,7 @@ class Engine:
         if not isinstance(self.optimizer, Sophia):
             return None
         count = torch.zeros(()) if self.optimizer.clipped is None else self.optimizer.clipped.cpu()
-        return self.all_reduce(count.double()).item() / self.num_parameters
-
-    # ---- between processes ----
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over processes."""
-        return tensor
-
-    def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        """Maximum over processes."""
-        return tensor
-
-    def gather_text(self, text: str) -> list[str]:
-        """One string of every process, by rank."""
-        return [text]
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
+        return all_reduce(count.double()).item() / self.num_parameters
 
     # ---- state ----
 
@@ -175,7 +166,7 @@ class Engine:
             restore_counters(self.optimizer, state, saved.counters)
 
     def close(self) -> None:
-        """Leave the process group, if there is one."""
+        """Let go of the model. Every process must call it."""
 
 
 def missing_state(name: str) -> CheckpointError:

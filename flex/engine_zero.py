@@ -8,7 +8,6 @@ partitions, several times per step in stage 3. Stage 0 with fp32 adapters calls 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,19 +116,6 @@ def check_ds_config(
     return int(stage)
 
 
-def launch_environment() -> None:
-    """Let `python -m flex train deepspeed=...` be a world of one without the launcher."""
-    if "RANK" not in os.environ:
-        import socket
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
-
-
 class ZeroEngine(Engine):
     """DeepSpeed around the same model, optimizer and adapters. See `Engine` for the calls."""
 
@@ -174,10 +160,7 @@ class ZeroEngine(Engine):
     def update(self, lr: float) -> Update:
         self._set_lr(lr)
         self.engine.step()
-        if self.stage == 0:
-            norm = self._stage0_norm.item()
-        else:
-            norm = float(self._wrapped._global_grad_norm)
+        norm = float(self._stage0_norm if self.stage == 0 else self._wrapped._global_grad_norm)
         return Update(norm, not torch.isfinite(torch.tensor(norm)).item())
 
     @torch.no_grad()
@@ -187,7 +170,7 @@ class ZeroEngine(Engine):
         for p, delta in deltas.items():
             p.add_(delta)
             if self.stage == 3:
-                safe_set_local_fp32_param(p, self._partition(p, p.detach()))
+                safe_set_local_fp32_param(p, self._partition(p.detach()))
             elif self.stage > 0:
                 safe_set_full_fp32_param(p, p.detach())
 
@@ -204,33 +187,6 @@ class ZeroEngine(Engine):
             self.optimizer.num_targets = None
             if self.stage > 0:
                 self._wrapped.clip_grad = self.clip_norm
-
-    # ---- between processes ----
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        return self._reduce(tensor, torch.distributed.ReduceOp.SUM)
-
-    def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        return self._reduce(tensor, torch.distributed.ReduceOp.MAX)
-
-    def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
-        shared = tensor.detach().to(self.device, copy=True)
-        torch.distributed.all_reduce(shared, op=op)
-        return shared.to(tensor.device)
-
-    def gather_text(self, text: str) -> list[str]:
-        mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        sizes = self.all_reduce(
-            torch.eye(self.world, dtype=torch.int64)[self.rank] * len(mine)
-        ).tolist()
-        padded = mine.new_zeros(max(sizes))
-        padded[: len(mine)] = mine
-        rows = [torch.empty_like(padded) for _ in sizes]
-        torch.distributed.all_gather(rows, padded)  # tensors, not objects: those would be pickled
-        return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
-
-    def barrier(self) -> None:
-        torch.distributed.barrier()
 
     # ---- state ----
 
@@ -278,12 +234,12 @@ class ZeroEngine(Engine):
                 raise missing_state(name)
             for key, value in mine.items():
                 if self.stage == 3:
-                    safe_set_local_optimizer_state(p, self._partition(p, value), key)
+                    safe_set_local_optimizer_state(p, self._partition(value), key)
                 else:
                     safe_set_full_optimizer_state(p, value, key)
         return None
 
-    def _partition(self, p: nn.Parameter, full: Tensor) -> Tensor:
+    def _partition(self, full: Tensor) -> Tensor:
         """This process's slice of a whole tensor as ZeRO-3 cuts it: equal parts, the last one zero-padded."""
         numel = -(-full.numel() // self.world)
         padded = full.new_zeros(numel * self.world)
@@ -292,7 +248,6 @@ class ZeroEngine(Engine):
 
     def close(self) -> None:
         self.engine.destroy()
-        torch.distributed.destroy_process_group()
 
 
 def allocate_state(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:

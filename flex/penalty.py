@@ -332,7 +332,7 @@ class SpectralPenalty:
                 "gradient: add_gradients() or as_loss(); decoupled: decoupled_deltas()",
             )
         gradients, self.last_report = self._compute(rank, world)
-        return gradients if acts else []
+        return gradients
 
     def _compute(self, rank: int, world: int) -> tuple[Gradients, PenaltyReport]:
         """lambda * grad P of a share (frozen matrices left out) and its figures."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,11 +57,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""
-        moved = {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-            for k, v in vars(self).items()
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
-        return Batch(**moved)
+        return replace(self, **moved)
 
 
 @dataclass
@@ -101,4 +103,5 @@ class TrainState:
     rng: dict[str, str] = field(
         default_factory=dict
     )  # base64 torch generator states, keyed "cpu:<rank>" etc.
-    best_validation_loss: float | None = None
+    first_validation_loss: float | None = None
+    last_validation_loss: float | None = None

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .optim import CurvatureStats, learning_rate, sample_labels
 from .optim.curvature import uniform_draws
+from .processes import all_reduce
 from .state import IGNORE, Batch, StepReport
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from .penalty import SpectralPenalty
 
 
-def target_logits(model, batch: Batch) -> tuple[Tensor, Tensor]:  # noqa: ANN001 - PEFT model or DeepSpeed engine
+def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits and labels of the positions that bear loss, and of no others.
 
     Returns: (n, V) logits in the model's dtype and (n,) int64 labels, documents in the batch's order.
@@ -120,7 +121,7 @@ def train_step(
     shared = torch.cat(
         [total[None], penalty_sums(penalty, engine.rank), torch.tensor(flags, dtype=torch.float64)]
     )
-    loss_total, value, grad_square, stop, save = engine.all_reduce(shared).tolist()
+    loss_total, value, grad_square, stop, save = all_reduce(shared).tolist()
     report = StepReport(
         step=step + 1,
         loss=loss_total / num_targets,
@@ -163,5 +164,5 @@ def validation_loss(engine: Engine, batches: list[Batch]) -> float:
                 [loss_sum(logits, labels).item(), batch.num_targets], dtype=torch.float64
             )
     engine.model.train()
-    total, count = engine.all_reduce(sums).tolist()
+    total, count = all_reduce(sums).tolist()
     return total / count if count else float("nan")

@@ -136,12 +136,16 @@ def test_paper_literal_is_the_published_formula():
 def test_adds_to_what_is_there_and_scales_with_lambda():
     grads = {}
     for weight in (0.02, 0.2):
-        pairs, _, penalty = moved_penalty(weight=weight)
+        pairs, start, penalty = moved_penalty(weight=weight)
+        value = by_reference(pairs, start, penalty.config)
+        expected = torch.autograd.grad(value, parameters(pairs))
         params = parameters(pairs)
         for w in params[1:]:
             w.grad = torch.ones_like(w)
         penalty.add_gradients()
         grads[weight] = [params[0].grad, *(w.grad - 1.0 for w in params[1:])]
+        for added, g in zip(grads[weight], expected, strict=True):
+            assert_same(added, g)
     for small, large in zip(grads[0.02], grads[0.2], strict=True):
         assert_same(large, 10 * small)
 

@@ -1,0 +1,90 @@
+"""Entry for `deepspeed flex/train.py --config FILE [key=value ...]` and for `python -m flex train`.
+
+data -> model -> adapters -> penalty -> optimizer -> engine -> loop -> adapter folder
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Python puts a script's own folder first on the path, where its modules could hide others.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import logging
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flex.config import RunConfig
+
+log = logging.getLogger("flex.train")
+
+STOPPED = 3  # exit status of a run that was asked to stop and can be continued
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The launcher's entry; `--local_rank` is the launcher's own."""
+    from flex.commands import guarded
+    from flex.config_io import load_config
+
+    parser = argparse.ArgumentParser(prog="deepspeed flex/train.py", description=__doc__)
+    parser.add_argument("--config", metavar="FILE", help="YAML; none: every option's default")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    args = parser.parse_intermixed_args(argv)
+    return guarded(lambda: run(load_config(args.config, args.overrides)))
+
+
+def run(cfg: RunConfig) -> int:
+    """Train as configured. Returns 0 when the run is finished, 3 when it was asked to stop.
+
+    What is wrong with the input is found before the first training step, cheapest first, and
+    nothing that exists is overwritten.
+    """
+    from flex import processes
+    from flex.data.loader import StepLoader, load_data, validation_batches
+    from flex.engine_zero import check_ds_config, read_ds_config
+    from flex.model.base import load_tokenizer
+    from flex.run_folder import open_run
+    from flex.session import Session
+
+    rank, world = processes.rank(), processes.world()
+    set_up_logging(rank)
+    if cfg.deepspeed is not None:
+        check_ds_config(read_ds_config(cfg.deepspeed), cfg)
+    tokenizer = load_tokenizer(cfg.model)
+    data = load_data(cfg, tokenizer)
+    pad = tokenizer.pad_token_id
+    loader = StepLoader(data.train, cfg, rank, world, pad)
+    validation = validation_batches(data.validation, cfg, rank, world, pad)
+    processes.share_cores()
+    with open_run(cfg, rank) as folder:
+        processes.start(cfg)
+        try:
+            session = Session(cfg, folder, tokenizer, loader, validation, data.validation)
+            return session.run()
+        finally:
+            processes.stop()
+
+
+def set_up_logging(rank: int) -> None:
+    """FLeX's own log on stderr, from rank 0; other libraries only when something is wrong."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("flex")
+    logger.handlers[:], logger.propagate = [handler], False
+    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers|peft)\b.*")
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
