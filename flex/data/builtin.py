@@ -74,10 +74,11 @@ def _load(folder: Path) -> tuple[dict[str, Any], ...]:
     for key in ("task_id", "entry_point", "text"):
         seen: dict[Any, str] = {}
         for task in tasks:
-            other = seen.setdefault(task[key], task["topic"])
-            if other != task["topic"] or sum(t[key] == task[key] for t in tasks) > 1:
-                where = f"{other}.yaml and {task['topic']}.yaml"
-                raise _broken(f"{key} {task[key]!r} is used twice, in {where}", "it must be unique")
+            value, topic = task[key], task["topic"]
+            if value in seen:
+                where = f"{seen[value]}.yaml and {topic}.yaml"
+                raise _broken(f"{key} {value!r} is used twice, in {where}", "it must be unique")
+            seen[value] = topic
     return tuple(tasks)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE,
@@ -32,13 +32,7 @@ _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.RShift: ast.LShift,
 }
 
-# Text that must stay as it is, then the operators and values; the spaces keep generics and arrows out.
-_JAVA = re.compile(
-    r"""(?P<keep>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|//[^\n]*|/\*.*?\*/)"""
-    r"""|(?<=\s)(?P<operator>==|!=|<=|>=|<|>|&&|\|\||%|\*|-)(?=\s)"""
-    r"""|\b(?P<value>true|false)\b|(?<=[ (])(?P<number>[0-9]+)(?=[;,) ])""",
-    re.DOTALL,
-)
+_JAVA_TEXT = re.compile(r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|//[^\n]*|/\*.*?\*/", re.DOTALL)
 _JAVA_SWAPS = {
     "==": "!=",
     "!=": "==",
@@ -49,11 +43,27 @@ _JAVA_SWAPS = {
     "&&": "||",
     "||": "&&",
     "%": "/",
+    "/": "*",
     "*": "+",
     "-": "+",
+    "+": "-",
     "true": "false",
     "false": "true",
 }
+_Fault = tuple[re.Pattern[str], Callable[[str], str]]
+# Where, and what to. Operators go first: a changed integer may be no more than a spare capacity. The spaces
+# around operators keep generics and arrows out; a `+` may join strings, so it goes after what always compiles.
+_JAVA_FAULTS: tuple[_Fault, ...] = (
+    (re.compile(r"(?<=\s)(?:==|!=|<=|>=|<|>|&&|\|\||[%*-])(?=\s)"), _JAVA_SWAPS.__getitem__),
+    (re.compile(r"(?<=\bif \().+(?=\) \{$)", re.MULTILINE), "!({})".format),
+    (re.compile(r"\b(?:true|false)\b"), _JAVA_SWAPS.__getitem__),
+    (re.compile(r"(?<=[ (])[0-9]+(?=[;,) ])"), lambda old: str(int(old) + 1)),
+    (re.compile(r'"_*"'), lambda old: f'{old[:-1]}x"'),
+    (re.compile(r"(?<=\s)[+/](?=\s)"), _JAVA_SWAPS.__getitem__),
+    (re.compile(r"(?<=\breturn )[^;]+(?=;)"), "1 + ({})".format),
+    (re.compile(r"(?<=\breturn )[^;]+(?=;)"), "!({})".format),
+    (re.compile(r"(?<=\breturn )[^;]+(?=;)"), lambda old: "null"),
+)
 
 
 def python_mutants(source: str) -> Iterator[tuple[str, str]]:
@@ -86,7 +96,7 @@ def _change(node: ast.AST, slot: int) -> str | None:
         old = node.op
         node.op = _SWAPS[type(old)]()  # type: ignore[assignment]
         return f"{type(old).__name__} to {type(node.op).__name__}"
-    if isinstance(node, ast.Return) and node.value is not None:
+    if isinstance(node, ast.Return) and node.value and ast.unparse(node.value) != "None":
         node.value = ast.Constant(None)
         return "return None"
     if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | str):
@@ -102,16 +112,23 @@ def _change(node: ast.AST, slot: int) -> str | None:
     return None
 
 
-def java_mutant(source: str) -> tuple[str, str] | None:
-    """(what was changed, mutated program) of the first operator, or else value, that can be changed.
+def java_mutants(source: str) -> Iterator[tuple[str, str]]:
+    """Yield (what was changed, mutated program), one change each; some of them do not compile.
 
-    Operators go first: a changed integer may be no more than a spare capacity.
+    Changed are operators, conditions, constants and, last of all, returned values.
     """
-    found = [match for match in _JAVA.finditer(source) if not match["keep"]]
-    found.sort(key=lambda match: ("operator", "value", "number").index(str(match.lastgroup)))
-    for match in found:
-        old = match[0]
-        new = _JAVA_SWAPS.get(old) or str(int(old) + 1)
-        line = source.count("\n", 0, match.start()) + 1
-        return f"line {line}: {old} to {new}", source[: match.start()] + new + source[match.end() :]
-    return None
+    masked = _JAVA_TEXT.sub(_mask, source)
+    for pattern, change in _JAVA_FAULTS:
+        for match in pattern.finditer(masked):
+            start, end = match.span()
+            old, line = source[start:end], source.count("\n", 0, start) + 1
+            if (new := change(old)) != old:
+                what = " ".join(f"line {line}: {old} to {new}".split())
+                yield what, source[:start] + new + source[end:]
+
+
+def _mask(text: re.Match[str]) -> str:
+    """Blank a comment, and fill a literal, so that nothing in them looks like code."""
+    if text[0][0] == "/":
+        return re.sub(r"[^\n]", " ", text[0])
+    return text[0][0] + "_" * (len(text[0]) - 2) + text[0][-1]
