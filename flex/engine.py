@@ -52,6 +52,7 @@ class Engine:
 
     rank = 0
     world = 1
+    copies = 1  # processes that hold each coordinate's optimizer state
 
     def __init__(
         self,
@@ -93,6 +94,9 @@ class Engine:
         self._clear_gradients()
         return Update(norm.item(), skipped)
 
+    def gather(self) -> None:
+        """Make every adapter whole on this process, to be read until the next forward. All processes must call it."""
+
     def _set_lr(self, lr: float) -> None:
         if isinstance(self.optimizer, Sophia):
             self.optimizer.clipped = None
@@ -123,10 +127,8 @@ class Engine:
         assert isinstance(self.optimizer, Sophia)
         self.optimizer.commit_curvature()
         sums = self.optimizer.curvature_sums()
-        peak = all_reduce(sums[2:], largest=True)
-        stats = CurvatureStats.from_sums(
-            torch.cat([all_reduce(sums[:2]), peak]), self.num_parameters
-        )
+        sums = torch.cat([all_reduce(sums[:2]) / self.copies, all_reduce(sums[2:], largest=True)])
+        stats = CurvatureStats.from_sums(sums, self.num_parameters)
         stats.check()
         return stats
 
@@ -135,7 +137,7 @@ class Engine:
         if not isinstance(self.optimizer, Sophia):
             return None
         count = torch.zeros(()) if self.optimizer.clipped is None else self.optimizer.clipped.cpu()
-        return all_reduce(count.double()).item() / self.num_parameters
+        return all_reduce(count.double()).item() / (self.copies * self.num_parameters)
 
     # ---- state ----
 
@@ -163,7 +165,7 @@ class Engine:
                 raise missing_state(name)
             state = self.optimizer.state[p]
             state.update({key: value.to(p.device) for key, value in mine.items()})
-            restore_counters(self.optimizer, state, saved.counters)
+            restore_counters(self.optimizer, p, saved.counters)
 
     def close(self) -> None:
         """Let go of the model. Every process must call it."""
@@ -178,12 +180,13 @@ def missing_state(name: str) -> CheckpointError:
 
 
 def restore_counters(
-    optimizer: torch.optim.Optimizer, state: dict, counters: Mapping[str, float]
+    optimizer: torch.optim.Optimizer, p: Tensor, counters: Mapping[str, float]
 ) -> None:
-    """Put shared counters back in the form the optimizer keeps them in."""
+    """Put the counters that all parameters share into the state of `p`, in the form the optimizer keeps them in."""
     for key, value in counters.items():
-        # torch's AdamW keeps a float tensor, bitsandbytes and Sophia an int.
-        state[key] = torch.tensor(value) if isinstance(optimizer, torch.optim.AdamW) else int(value)
+        # torch's fused AdamW keeps a float tensor on the parameter's device, bitsandbytes and Sophia an int.
+        adamw = isinstance(optimizer, torch.optim.AdamW)
+        optimizer.state[p][key] = torch.tensor(value, device=p.device) if adamw else int(value)
 
 
 @torch.no_grad()

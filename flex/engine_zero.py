@@ -142,12 +142,45 @@ class ZeroEngine(Engine):
         self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         self._stage0_norm = torch.zeros(())
         if self.stage == 0:
+            self.copies = self.world
             optimizer.register_step_pre_hook(self._before_step)
+        else:
+            self._allocate_state()
+
+    def _allocate_state(self) -> None:
+        """Make the optimizer's state before the first step.
+
+        ZeRO 1 and 2 link the state of all groups to their matrices after the step of the first group; what the
+        other groups make later would never be found (DeepSpeed 0.19).
+        """
+        self._flats = (
+            self._wrapped.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else self._wrapped.single_partition_of_fp32_groups
+        )
+        for flat in self._flats:
+            allocate_state(self.optimizer, flat)
+        if self.stage < 3:
+            self._wrapped._lazy_init_hp_params_optimizer_state()
 
     # ---- training ----
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
+
+    def gather(self) -> None:
+        # Even parameters below the persistence threshold are partitioned while ZeRO-3 records a trace, which it
+        # does anew whenever the modules run in another order, as between validation and training.
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        if self.stage == 3:
+            missing = [
+                p
+                for p in self.parameters.values()
+                if p.ds_status == ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+            ]
+            if missing:
+                missing[0].all_gather(missing)  # type: ignore[attr-defined]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Stage 0 has no norm and no guard of its own: here gradients are reduced and the step has not begun."""
@@ -218,15 +251,8 @@ class ZeroEngine(Engine):
 
         if self.stage == 0:
             return super().load_optimizer_state(saved)
-        flats = (
-            self._wrapped.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else (self._wrapped.single_partition_of_fp32_groups)
-        )
-        for flat in flats:
-            restore_counters(self.optimizer, allocate_state(self.optimizer, flat), saved.counters)
-        if self.stage < 3:
-            self._wrapped._lazy_init_hp_params_optimizer_state()  # links whole matrices to the flat state
+        for flat in self._flats:
+            restore_counters(self.optimizer, flat, saved.counters)
         for name, p in self.parameters.items():
             prefix = f"{name}/"
             mine = {k[len(prefix) :]: v for k, v in saved.tensors.items() if k.startswith(prefix)}
@@ -250,10 +276,10 @@ class ZeroEngine(Engine):
         self.engine.destroy()
 
 
-def allocate_state(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
-    """State of a flat partition before the first step, to be filled from a checkpoint."""
+def allocate_state(optimizer: torch.optim.Optimizer, p: Tensor) -> None:
+    """State of a flat partition as the optimizer itself would make it at the first step."""
     if isinstance(optimizer, Sophia | Lion):
-        return optimizer.allocate(p)
-    state = optimizer.state[p]
-    state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    return state
+        optimizer.allocate(p)
+    else:
+        zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p].update(zeros, step=torch.zeros((), device=p.device))

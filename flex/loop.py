@@ -66,6 +66,7 @@ class Trainer:
                 report.validation_loss = validation_loss(self.engine, self.validation)
                 self.state.last_validation_loss = report.validation_loss
             if self.penalty is not None and is_due(report.step, self.cfg.train.log_every):
+                self.engine.gather()
                 report.high_band = self.penalty.high_band_share()
             record = meter.update(report)
             for tracker in trackers:

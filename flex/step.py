@@ -6,9 +6,9 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .loss import cross_entropy_sum
 from .optim import CurvatureStats, learning_rate, sample_labels
 from .optim.curvature import uniform_draws
 from .processes import all_reduce
@@ -48,11 +48,6 @@ def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return output.logits[keep], batch.labels[:, columns][keep]
 
 
-def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy in nats, fp32."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
-
-
 def refresh_is_due(cfg: RunConfig, step: int) -> bool:
     """Whether update `step` (0-based) is preceded by a curvature refresh."""
     curvature = cfg.optim.curvature
@@ -70,7 +65,7 @@ def refresh_curvature(
         )
         num_targets = loader.targets_of_micro_step(step, m)
         sampled = sample_labels(logits.detach(), draws)
-        engine.backward(loss_sum(logits, sampled) * (engine.world / num_targets))
+        engine.backward(cross_entropy_sum(logits, sampled, engine.world / num_targets))
         engine.add_curvature(num_targets)
     return engine.commit_curvature()
 
@@ -103,16 +98,17 @@ def train_step(
     last = len(batches) - 1
     for m, batch in enumerate(batches):
         logits, labels = target_logits(engine.model, batch)
-        loss = loss_sum(logits, labels)
+        loss = cross_entropy_sum(logits, labels, engine.world / num_targets)
         total += loss.detach().double().cpu()
-        loss = loss * (engine.world / num_targets)
         if m == last and penalty is not None and cfg.penalty.coupling == "gradient":
             # A term of the loss, so that its gradient is in place before ZeRO reduces: a partition has no FFT.
+            engine.gather()
             loss = loss + penalty.as_loss(engine.rank, engine.world)
         engine.backward(loss)
 
     deltas = {}
     if penalty is not None and cfg.penalty.coupling == "decoupled":
+        engine.gather()
         deltas = penalty.decoupled_deltas(lr)
     update = engine.update(lr)
     if deltas and not update.skipped:
@@ -124,7 +120,7 @@ def train_step(
     loss_total, value, grad_square, stop, save = all_reduce(shared).tolist()
     report = StepReport(
         step=step + 1,
-        loss=loss_total / num_targets,
+        loss=loss_total / engine.world,
         lr=lr,
         grad_norm=update.grad_norm,
         tokens=num_targets,
@@ -161,7 +157,7 @@ def validation_loss(engine: Engine, batches: list[Batch]) -> float:
         logits, labels = target_logits(engine.model, batch)
         if batch.num_targets:
             sums += torch.tensor(
-                [loss_sum(logits, labels).item(), batch.num_targets], dtype=torch.float64
+                [cross_entropy_sum(logits, labels).item(), batch.num_targets], dtype=torch.float64
             )
     engine.model.train()
     total, count = all_reduce(sums).tolist()

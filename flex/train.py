@@ -44,6 +44,7 @@ def run(cfg: RunConfig) -> int:
     What is wrong with the input is found before the first training step, cheapest first, and
     nothing that exists is overwritten.
     """
+    set_up_logging()
     from flex import processes
     from flex.data.loader import StepLoader, load_data, validation_batches
     from flex.engine_zero import check_ds_config, read_ds_config
@@ -52,7 +53,6 @@ def run(cfg: RunConfig) -> int:
     from flex.session import Session
 
     rank, world = processes.rank(), processes.world()
-    set_up_logging(rank)
     if cfg.deepspeed is not None:
         check_ds_config(read_ds_config(cfg.deepspeed), cfg)
     tokenizer = load_tokenizer(cfg.model)
@@ -70,20 +70,29 @@ def run(cfg: RunConfig) -> int:
             processes.stop()
 
 
-def set_up_logging(rank: int) -> None:
-    """FLeX's own log on stderr, from rank 0; other libraries only when something is wrong."""
+def set_up_logging() -> None:
+    """FLeX's own log on stderr, from rank 0; other libraries only when something is wrong. Before they are imported,
+    because some of them talk while they are."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("flex")
     logger.handlers[:], logger.propagate = [handler], False
-    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers|peft)\b.*")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    deepspeed = logging.getLogger("DeepSpeed")
+    deepspeed.setLevel(logging.WARNING)
+    # ds_configs/ allow it on purpose, and the engine's tests cover it
+    deepspeed.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    import torch
     import transformers
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # else DeepSpeed warns that it looked for more
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

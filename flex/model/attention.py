@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from flex.model.attention_cpu import packed_attention_cpu
+
 log = logging.getLogger("flex.model")
 
 NAME = "flex_varlen"
@@ -88,6 +90,10 @@ def packed_attention(
         )
 
     grouped = key.shape[1] != query.shape[1]
+    if query.device.type == "cpu" and dropout == 0.0:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return packed_attention_cpu(q, k, v, lengths, scale)[None], None
     if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
         options: Any = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": grouped}
@@ -112,9 +118,9 @@ def packed_attention(
     return torch.cat(outputs, dim=1), None
 
 
-def _lengths(cu_seqlens: Tensor) -> list[int]:
+def _lengths(cu_seqlens: Tensor) -> tuple[int, ...]:
     if cu_seqlens not in _LENGTHS:
-        _LENGTHS[cu_seqlens] = cu_seqlens.diff().tolist()
+        _LENGTHS[cu_seqlens] = tuple(cu_seqlens.diff().tolist())
     return _LENGTHS[cu_seqlens]
 
 
