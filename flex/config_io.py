@@ -24,6 +24,7 @@ _BOOKKEEPING = {
     *("train.eval_every", "train.eval_batch_size", "train.save_every", "train.keep"),
     *("train.log_every", "train.sample_prompt"),
     "penalty.preset",  # its fields are in the hash, resolved
+    *("data.path", "data.validation_path"),  # files may move; the run folder knows their contents
 }
 
 

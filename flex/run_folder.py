@@ -1,7 +1,7 @@
 """The run folder: one run at a time, never another run's results overwritten.
 
 runs/<name>/config.yaml        every option, resolved
-            environment.json   config hash; versions, commit, device and threads of each session
+            environment.json   hashes of options and data; versions, commit, device and threads of each session
             metrics.jsonl      one record per step
             checkpoints/       see checkpoint.py
             finished.json      written last
@@ -45,12 +45,13 @@ class RunFolder:
     Attributes:
         path: the folder.
         config_hash: of the options that affect the maths; belongs into every checkpoint.
+        data_hash: of the training examples.
         resume_from: the checkpoint to continue from, on rank 0 only: broadcast it.
         finished: the run had already ended; there is nothing left to do. On rank 0 only.
     """
 
-    def __init__(self, path: Path, config_hash: str) -> None:
-        self.path, self.config_hash = path, config_hash
+    def __init__(self, path: Path, config_hash: str, data_hash: str) -> None:
+        self.path, self.config_hash, self.data_hash = path, config_hash, data_hash
         self.checkpoints, self.metrics = path / "checkpoints", path / "metrics.jsonl"
         self.resume_from: Found | None = None
         self.finished = False
@@ -78,17 +79,17 @@ class RunFolder:
             self._lock = None
 
 
-def open_run(cfg: RunConfig, rank: int) -> RunFolder:
+def open_run(cfg: RunConfig, rank: int, data_hash: str) -> RunFolder:
     """Create or continue `<dir>/<name>`. Ranks other than 0 only learn the path.
 
     Raises:
-        ConfigError: the folder is in use, cannot be written, holds a run with other options, or
-            holds one at all and resume=never. Nothing was overwritten.
+        ConfigError: the folder is in use, cannot be written, holds a run with other options or
+            data, or holds one at all and resume=never. Nothing was overwritten.
         CheckpointError: every checkpoint in it is damaged.
     """
     if cfg.name in (".", ".."):
         raise ConfigError(f"name={cfg.name}", "it is not the name of a folder", "name=ANOTHER")
-    run = RunFolder(Path(cfg.dir) / cfg.name, config_hash(cfg))
+    run = RunFolder(Path(cfg.dir) / cfg.name, config_hash(cfg), data_hash)
     if rank != 0:
         return run
     try:
@@ -127,7 +128,8 @@ def _open(run: RunFolder, cfg: RunConfig) -> None:
     session = describe_session()
     if sessions and (changed := _changes(sessions[-1]["versions"], session["versions"])):
         log.warning("versions changed, so resuming is not bit-exact: %s", ", ".join(changed))
-    document = {"config_hash": run.config_hash, "sessions": [*sessions, session]}
+    hashes = {"config_hash": run.config_hash, "data_hash": run.data_hash}
+    document = {**hashes, "sessions": [*sessions, session]}
     write_atomic(run.path / "environment.json", _json(document))
 
 
@@ -149,11 +151,18 @@ def _refuse_a_foreign_run(run: RunFolder, cfg: RunConfig, traces: list[str]) -> 
             "it would be overwritten",
             "give name=OTHER for a new run, or resume=auto to continue this one",
         )
-    if _environment(run).get("config_hash") != run.config_hash:
+    stored = _environment(run)
+    if stored.get("config_hash") != run.config_hash:
         raise ConfigError(
             f"{run.path} holds a run with other options ({shown}): {_differences(run, cfg)}",
             "continuing it would mix two configurations in one result",
             "give name=OTHER for a new run, or the same options to continue this one",
+        )
+    if stored.get("data_hash") != run.data_hash:
+        raise ConfigError(
+            f"{run.path} holds a run on other data ({shown}): the training examples have changed",
+            "the rest of the run would be on other rows than the start, in another order",
+            "give name=OTHER for a new run, or bring the data back to continue this one",
         )
 
 

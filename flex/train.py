@@ -61,7 +61,7 @@ def run(cfg: RunConfig) -> int:
     loader = StepLoader(data.train, cfg, rank, world, pad)
     validation = validation_batches(data.validation, cfg, rank, world, pad)
     processes.share_cores()
-    with open_run(cfg, rank) as folder:
+    with open_run(cfg, rank, data.fingerprint()) as folder:
         processes.start(cfg)
         try:
             session = Session(cfg, folder, tokenizer, loader, validation, data.validation)

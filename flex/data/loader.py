@@ -37,6 +37,14 @@ class DataBundle:
     validation: list[Example]
     ledger: Ledger
 
+    def fingerprint(self) -> str:
+        """sha256 over what is trained on, tokens and labels in order: a resumed run must find the same."""
+        digest = hashlib.sha256()
+        for example in self.train:
+            digest.update(len(example.input_ids).to_bytes(8))
+            digest.update(example.input_ids.numpy().tobytes() + example.labels.numpy().tobytes())
+        return digest.hexdigest()
+
 
 def load_data(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBundle:
     """Read, render and tokenise the configured data; log the account of all rows in one line.

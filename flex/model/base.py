@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -30,6 +31,11 @@ from flex.model.smollm2 import smollm2_folder
 log = logging.getLogger("flex.model")
 
 _SHAPE = "shape:"
+# What transformers raises over a bad folder; a config.json of the wrong kind is TypeError and the like.
+_ERRORS = (
+    *(OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError),
+    *(SafetensorError, StrictDataclassError),
+)
 _AnyAuto: Any = AutoModelForCausalLM  # its annotations leave out output_loading_info
 
 
@@ -122,8 +128,15 @@ def load_model(
                 trust_remote_code=False,
                 attn_implementation=_attention(cfg, config),
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `_complete` names them; transformers' error does not
             )
             _complete(source, info)
+            if getattr(model, "_hf_peft_config_loaded", False):
+                raise ModelError(
+                    f"{source} holds an adapter beside the model",
+                    "transformers would apply it and say nothing: the base would not be the base",
+                    "move adapter_config.json away, or merge first: python -m flex merge",
+                )
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
@@ -168,6 +181,14 @@ def _complete(source: str, info: dict[str, Any]) -> None:
             "they would be random numbers",
             "check that config.json and the safetensors belong together",
         )
+    if info["mismatched_keys"]:
+        name, found, expected = min(info["mismatched_keys"])
+        raise ModelError(
+            f"{source}: {len(info['mismatched_keys'])} weights have another shape than its "
+            f"config says, first {name}, {tuple(found)} for {tuple(expected)}",
+            "they would be random numbers",
+            "check that config.json and the safetensors belong together",
+        )
     if info["unexpected_keys"]:
         log.info(
             "%d weights of %s belong to no layer and are left out",
@@ -206,6 +227,14 @@ def _random_model(
         )
 
 
+def reason(error: BaseException) -> str:
+    """The first line of a library's message, with the next one if it ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
     """Turn the libraries' errors into one that says what to type."""
@@ -217,12 +246,9 @@ def _explained(source: str) -> Iterator[None]:
             "the frozen base must fit beside the adapters and the activations",
             "free the device, use model.dtype=bfloat16 or a smaller model",
         ) from error
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        reason = next(
-            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
+    except _ERRORS as error:
         raise ModelError(
-            f"cannot load {source}: {reason}",
+            f"cannot load {source}: {reason(error)}",
             "only safetensors are read, and code from the Hub is never run",
             "check the files of that folder"
             if os.path.isdir(source)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from flex.config import ModelConfig
 from flex.errors import ModelError
-from flex.model.base import load_config, load_model, load_tokenizer
+from flex.model.base import load_config, load_model, load_tokenizer, reason
 from flex.model.folder import whole_folder
 
 log = logging.getLogger("flex.model")
@@ -123,9 +123,9 @@ def self_test(
         adapter_dir: what `save_adapter` wrote.
         input_ids: (1, T) int64, any prompt.
         our_logits: `probe_logits(model, input_ids)` of the trained model.
-        base: the bare base model (it is returned to that state), or a function that loads one. Only
-            one base need be in memory at a time: pass `peft_model.unload()`, or a loader once the
-            trained model is gone.
+        base: the bare base model (it is returned to that state, unless the adapter does not load),
+            or a function that loads one. Only one base need be in memory at a time: pass
+            `peft_model.unload()`, or a loader once the trained model is gone.
 
     Returns:
         The differences. In fp32 they are enforced; in half precision only measured, because
@@ -226,7 +226,10 @@ def merge(
         prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
         adapted = _load(model, adapter)
         unmerged = probe_logits(adapted, prompt)
-        merged = adapted.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
+        merged = adapted.merge_and_unload(safe_merge=True)
+        # Not merged.to(): it rounds RoPE's frequencies too, and loading the saved model does not.
+        for p in merged.parameters():
+            p.data = p.data.to(getattr(torch, dtype))
         difference = (probe_logits(merged, prompt) - unmerged).abs().max().item()
         merged.config.use_cache = True  # load_model turned it off for training
         merged.save_pretrained(draft)
@@ -265,12 +268,9 @@ def _load(base: PreTrainedModel, adapter: Path) -> PeftModel:
         with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
             saved = set(file.keys())
         model = PeftModel.from_pretrained(base, str(adapter))
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
-            f"PEFT cannot load {adapter}: {reason}",
+            f"PEFT cannot load {adapter}: {reason(error)}",
             "the adapter must fit the base layer by layer",
             "use the base it was trained on (adapter_config.json names it)",
         ) from error

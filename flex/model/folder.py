@@ -23,7 +23,14 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         ModelError: `target` holds something and `replace` is false, or the disk refuses.
     """
-    if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.name in ("", ".."):
+        raise ModelError(
+            f"{target} is no name of a new folder",
+            "the result is renamed to it when it is complete",
+            "give a name",
+        )
+    filled = not target.is_dir() or any(target.iterdir())
+    if not replace and os.path.lexists(target) and filled:
         raise ModelError(
             f"{target} exists and is not empty",
             "nothing is ever overwritten without being asked",
@@ -41,17 +48,35 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         ) from error
     try:
         yield draft
-        _settle(draft)
-        if target.exists():
-            aside = _sibling(target)
-            target.rename(aside)
-            draft.rename(target)
-            shutil.rmtree(aside)
-        else:
-            draft.rename(target)
-        _sync_one(target.parent)
+        try:
+            _settle(draft)
+            _put(draft, target)
+        except OSError as error:
+            raise ModelError(
+                f"cannot write {target}: {error}",
+                "the result is not on the disk as a whole",
+                "check the disk, or name another folder",
+            ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _put(draft: Path, target: Path) -> None:
+    if os.path.lexists(target):
+        aside = _sibling(target)
+        target.rename(aside)
+        try:
+            draft.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink()
+    else:
+        draft.rename(target)
+    _sync_one(target.parent)
 
 
 def _sibling(target: Path) -> Path:

@@ -52,20 +52,20 @@ def smollm2_folder() -> Path:
     folder = cache_folder() / "smollm2-135m"
     if _ready(folder):
         return folder
+    lock = FileLock(f"{folder}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another process is preparing smollm2-135m; waiting for it")
+            lock.acquire()
     except OSError as error:
         raise ModelError(
             f"cannot write to the cache {folder.parent}: {error}",
             "the converted model is kept there",
             "set FLEX_CACHE to a folder with 1 GB of free space",
         ) from error
-    lock = FileLock(f"{folder}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("another process is preparing smollm2-135m; waiting for it")
-        lock.acquire()
     try:
         if not _ready(folder):
             _make(folder)

@@ -1,12 +1,14 @@
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from flex.config import RunConfig
-from flex.data.loader import SampleSequence, StepLoader, load_data, validation_batches
+from flex.data.ledger import Ledger
+from flex.data.loader import DataBundle, SampleSequence, StepLoader, load_data, validation_batches
 from flex.errors import ConfigError, DataError
 from flex.state import IGNORE, Example
 from tests.flex.tiny_tokenizer import byte_tokenizer
@@ -235,3 +237,19 @@ def test_load_data_with_nothing_left_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no training example is left") as caught:
         load_data(run_config(path, on_bad_row="skip", max_length=4), byte_tokenizer())
     assert "data.max_length (now 4)" in caught.value.fix
+
+
+def test_the_fingerprint_is_of_what_is_trained_on():
+    def bundle(examples):
+        return DataBundle(examples, [], Ledger()).fingerprint()
+
+    same = [replace(e, row="moved.jsonl:1") for e in EXAMPLES]
+    assert bundle(EXAMPLES) == bundle(same)
+    other_label = EXAMPLES[0].labels.clone()
+    other_label[0] = 7
+    for changed in (
+        EXAMPLES[1:],
+        [EXAMPLES[1], EXAMPLES[0], *EXAMPLES[2:]],
+        [replace(EXAMPLES[0], labels=other_label), *EXAMPLES[1:]],
+    ):
+        assert bundle(changed) != bundle(EXAMPLES)

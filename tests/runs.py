@@ -1,0 +1,82 @@
+"""Whole runs in processes of their own, as a user starts them, on a tiny model and a tiny data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flex.metrics_file import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (
+    "model.name=shape:tiny",
+    "model.dtype=float32",
+    "data.name=jsonl",
+    "lora.r=4",
+    "train.sample_prompt=false",
+)
+
+
+def write_rows(path: Path, count: int = 40) -> Path:
+    """A JSON Lines file of short prompts and completions of different lengths."""
+    with path.open("w") as file:
+        for i in range(count):
+            prompt = f"# add {i % 7}\n" * (1 + i % 3)
+            completion = f"def f{i}(x):\n    return x + {i % 7}\n" + "    # done\n" * (i % 4)
+            file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+    return path
+
+
+def command(*options: str, engine: str | None = None, processes: int = 2) -> list[str]:
+    """The command line of a run; `engine` names a file of ds_configs/, none is plain PyTorch in one process."""
+    if engine is None:
+        return [sys.executable, "-m", "flex", "train", "--config", os.devnull, *options]
+    launcher = [sys.executable, str(Path(sys.executable).with_name("deepspeed"))]
+    launcher += ["--num_accelerators", str(processes), "--master_port", str(free_port())]
+    settings = f"deepspeed={ROOT / 'ds_configs' / engine}.json"
+    return [*launcher, str(ROOT / "flex/train.py"), settings, *options]
+
+
+def run(*options: str, **where: object) -> subprocess.CompletedProcess[str]:
+    """Run to the end from the checkout's root; output is captured, the status is the caller's to judge."""
+    return subprocess.run(
+        command(*options, **where),  # type: ignore[arg-type]
+        cwd=ROOT,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def run_well(*options: str, **where: object) -> str:
+    """`run`, which must succeed; returns stdout."""
+    done = run(*options, **where)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def losses(folder: Path) -> list[float]:
+    """Training loss of every step of a run."""
+    return [r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+
+
+def checkpoint(folder: Path, step: int, stem: str) -> dict[str, Tensor]:
+    """Tensors of one file of a run's checkpoint: adapter, optimizer or penalty."""
+    return load_file(folder / f"checkpoints/step-{step:06d}/{stem}.safetensors")
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
