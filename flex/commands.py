@@ -4,6 +4,7 @@ mistyped option answer at once, without loading torch."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -39,11 +40,19 @@ def guarded(call: Callable[[], int]) -> int:
     try:
         return call()
     except FlexError as error:
-        show_error(error)
+        if not _others_say_the_same():
+            show_error(error)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _others_say_the_same() -> bool:
+    """Whether this is not rank 0 and the processes have not met yet: until then all of them do the same."""
+    distributed = sys.modules.get("torch.distributed")
+    met = distributed is not None and distributed.is_initialized()
+    return int(os.environ.get("RANK", 0)) > 0 and not met
 
 
 def show_error(error: FlexError) -> None:

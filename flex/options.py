@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
 from flex.config import RunConfig, Section
@@ -82,8 +82,9 @@ def suggest(key: str) -> str | None:
     section, _, last = key.rpartition(".")
     known = [*OPTIONS, *SECTIONS]
     for name in (key, last):
-        if name in _ELSEWHERE:
-            return _ELSEWHERE[name]
+        foreign = get_close_matches(name, _ELSEWHERE, n=1, cutoff=0.85)
+        if foreign and name not in OPTIONS:
+            return _ELSEWHERE[foreign[0]]
 
     def score(candidate: str) -> float:
         where, _, name = candidate.rpartition(".")

@@ -253,7 +253,7 @@ def _adapter_config(adapter: Path) -> PeftConfig:
         )
     try:
         return PeftConfig.from_pretrained(str(adapter))
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(
             f"{adapter / 'adapter_config.json'} cannot be read: {error}",
             "it says where the adapter goes",

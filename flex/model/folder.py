@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from flex.errors import ModelError
 
 
@@ -21,7 +23,8 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     `replace`, an existing `target` is moved aside first and deleted last.
 
     Raises:
-        ModelError: `target` holds something and `replace` is false, or the disk refuses.
+        ModelError: `target` holds something and `replace` is false, or the disk refuses (an OSError
+            in the block is taken for that).
     """
     if target.name in ("", ".."):
         raise ModelError(
@@ -48,15 +51,14 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         ) from error
     try:
         yield draft
-        try:
-            _settle(draft)
-            _put(draft, target)
-        except OSError as error:
-            raise ModelError(
-                f"cannot write {target}: {error}",
-                "the result is not on the disk as a whole",
-                "check the disk, or name another folder",
-            ) from error
+        _settle(draft)
+        _put(draft, target)
+    except (OSError, SafetensorError) as error:  # safetensors does not raise OSError on a full disk
+        raise ModelError(
+            f"cannot write {target}: {error}",
+            "the result is not on the disk as a whole",
+            "check the disk, or name another folder",
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
