@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +55,7 @@ class Meter:
     ) -> None:
         self._total, self._log_every, self._penalty = total, log_every, penalty
         self._device = device
+        self._start = time.monotonic()
         self._window: deque[tuple[int, int, float]] = deque(maxlen=WINDOW)
         self._file: MetricsFile | None = None
         self._bar: Progress | None = None
@@ -99,6 +101,8 @@ class Meter:
         record["positions_per_second"] = positions / seconds if seconds > 0 else math.nan
         remaining = max(self._total - report.step, 0)
         record["eta_seconds"] = remaining * seconds / len(self._window)
+        # Wall time of this session, validation, saving and logging included: what a benchmark must count.
+        record["elapsed_seconds"] = time.monotonic() - self._start
         due = report.step % self._log_every == 0 or report.step == self._total
         due = due or report.skipped or report.validation_loss is not None
         self._emit(record, format_line(record, self._total, self._penalty) if due else None)

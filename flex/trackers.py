@@ -57,6 +57,17 @@ class Tracker:
             log.error("tracker %s did not close: %r", self.name, err)
 
 
+def require_installed(names: Sequence[str]) -> None:
+    """Raise ConfigError if a tracker that is asked for is not installed."""
+    absent = [name for name in names if not _INSTALLED[name]()]
+    if absent:
+        raise ConfigError(
+            f"track={','.join(names)}, but {', '.join(absent)} is not installed",
+            "the run would not be tracked as asked",
+            "pip install -e '.[track]', or drop it from `track` (metrics.jsonl is always written)",
+        )
+
+
 def open_trackers(
     names: Sequence[str], run_dir: Path, config: dict[str, Any], step: int = 0
 ) -> list[Tracker]:
@@ -69,13 +80,7 @@ def open_trackers(
     Raises:
         ConfigError: a tracker is not installed or does not start.
     """
-    absent = [name for name in names if not _INSTALLED[name]()]
-    if absent:
-        raise ConfigError(
-            f"track={','.join(names)}, but {', '.join(absent)} is not installed",
-            "the run would not be tracked as asked",
-            "pip install -e '.[track]', or drop it from `track` (metrics.jsonl is always written)",
-        )
+    require_installed(names)
     if names:
         _accelerate_state()
     return [_start(name, run_dir, dict(_flat(config)), step) for name in names]

@@ -51,10 +51,12 @@ def run(cfg: RunConfig) -> int:
     from flex.model.base import load_tokenizer
     from flex.run_folder import open_run
     from flex.session import Session
+    from flex.trackers import require_installed
 
     rank, world = processes.rank(), processes.world()
     if cfg.deepspeed is not None:
         check_ds_config(read_ds_config(cfg.deepspeed), cfg)
+    require_installed(cfg.track)
     tokenizer = load_tokenizer(cfg.model)
     data = load_data(cfg, tokenizer)
     pad = tokenizer.pad_token_id
