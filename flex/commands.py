@@ -133,7 +133,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from flex.model.export import merge
 
-    merge(args.adapter, args.out, base=args.base)
+    print(merge(args.adapter, args.out, base=args.base))
     return 0
 
 
