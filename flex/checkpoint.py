@@ -36,6 +36,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .errors import CheckpointError
+from .files import fsync_path
 from .state import TrainState
 
 log = logging.getLogger("flex.checkpoint")
@@ -95,7 +96,7 @@ def save_checkpoint(
         tmp.mkdir()
         _write_files(tmp, state.step, tensors, encoded_state)
         _move_in(tmp, final)
-        _fsync_folder(root)
+        fsync_path(root)
     except OSError as err:
         shutil.rmtree(tmp, ignore_errors=True)
         raise CheckpointError(
@@ -243,7 +244,7 @@ def _write_files(
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in group.items()})
         files.append(_write(folder / f"{stem}.safetensors", data))
     _write(folder / MANIFEST, _encode_manifest(step, files))
-    _fsync_folder(folder)
+    fsync_path(folder)
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
@@ -264,15 +265,7 @@ def _move_in(tmp: Path, final: Path) -> None:
 def _make_root(root: Path) -> None:
     if not root.is_dir():
         root.mkdir(parents=True, exist_ok=True)
-        _fsync_folder(root.parent)
-
-
-def _fsync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        fsync_path(root.parent)
 
 
 def _sweep(root: Path) -> None:

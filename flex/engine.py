@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from .errors import CheckpointError
 from .optim import CurvatureStats, Sophia
 from .processes import all_reduce
+
+log = logging.getLogger("flex.engine")
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -65,6 +68,7 @@ class Engine:
         self.optimizer = optimizer
         self.parameters = dict(parameters)
         self.clip_norm = clip_norm
+        self._told = False  # what the first curvature looks like
         self.num_parameters = sum(
             getattr(p, "ds_numel", p.numel()) for p in self.parameters.values()
         )
@@ -130,6 +134,12 @@ class Engine:
         sums = torch.cat([all_reduce(sums[:2]) / self.copies, all_reduce(sums[2:], largest=True)])
         stats = CurvatureStats.from_sums(sums, self.num_parameters)
         stats.check()
+        if not self._told:
+            constant = max(group["curvature_offset"] for group in self.optimizer.param_groups)
+            note = stats.beside_constant(constant)
+            if note is not None:
+                log.info("Sophia: %s", note)
+            self._told = True
         return stats
 
     def clipped_fraction(self) -> float | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from flex.errors import ModelError
+from flex.files import fsync_path
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def _put(draft: Path, target: Path) -> None:
             aside.unlink()
     else:
         draft.rename(target)
-    _sync_one(target.parent)
+    fsync_path(target.parent)
 
 
 def _sibling(target: Path) -> Path:
@@ -91,13 +92,5 @@ def _settle(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(readable)
-        _sync_one(path)
-    _sync_one(folder)
-
-
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        fsync_path(path)
+    fsync_path(folder)

@@ -75,6 +75,16 @@ class CurvatureStats:
         mean = total / count
         return cls(mean, max(squares / count - mean * mean, 0.0) ** 0.5, peak)
 
+    def beside_constant(self, constant: float) -> str | None:
+        """What to know of a constant second derivative (a quadratic penalty's) that is added to h; None if little."""
+        if constant < self.mean:
+            return None
+        return (
+            f"the penalty's constant curvature ({constant:.1e}) is {constant / self.mean:,.0f} x the mean of the "
+            f"likelihood's ({self.mean:.1e}): it sets Sophia's step in most coordinates; a smaller penalty.weight or "
+            "penalty.coupling=decoupled gives the likelihood's more say"
+        )
+
     def check(self) -> None:
         """Raise CurvatureError if h is zero, constant or not finite: Sophia would be sign-momentum.
 

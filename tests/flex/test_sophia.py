@@ -142,6 +142,12 @@ def test_live_curvature_passes_even_when_half_is_zero():
     CurvatureStats.from_sums(sums, 4).check()
 
 
+def test_a_penalty_that_rules_the_denominator_is_told():
+    stats = CurvatureStats(mean=1e-5, std=1e-5, max=1e-3)
+    assert "2.7e-02) is 2,700 x" in stats.beside_constant(2.7e-2)
+    assert stats.beside_constant(1e-6) is None and stats.beside_constant(0.0) is None
+
+
 def test_penalty_offset_enters_the_denominator():
     p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     optimizer = Sophia(
