@@ -26,6 +26,7 @@ setup(
     install_requires=[
         "accelerate>=1.10",
         "bitsandbytes>=0.48",
+        "datasets>=4.0",
         "deepspeed>=0.19.8",  # the first tested with managed_gradient_accumulation
         "gguf>=0.17",
         "huggingface_hub>=1.0",
