@@ -51,6 +51,7 @@ def build_optimizer(
     assert cfg.lr is not None and cfg.betas is not None
     common: dict[str, Any] = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
     if cfg.name == "sophia":
+        assert cfg.curvature.gamma is not None
         return Sophia(
             groups, betas=cfg.betas, gamma=cfg.curvature.gamma, eps=cfg.curvature.eps, **common
         )

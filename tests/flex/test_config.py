@@ -6,7 +6,7 @@ import re
 import pytest
 
 from flex import yaml_io
-from flex.config import PENALTY_PRESETS, RunConfig
+from flex.config import PENALTY_PRESETS, OptimConfig, PenaltyConfig, RunConfig
 from flex.config_io import config_hash, dump_config, flatten, load_config, origins
 from flex.errors import ConfigError
 from flex.options import OPTIONS, SECTIONS, suggest
@@ -356,7 +356,8 @@ def test_the_hash_covers_the_maths_and_nothing_else():
     base = config_hash(RunConfig())
     assert re.fullmatch("[0-9a-f]{64}", base)
     same = ["name=b", "dir=elsewhere", "track=[wandb]", "resume=never", "train.keep=9"]
-    same += ["train.log_every=7", "train.save_every=5", "penalty.weight=0.02", "optim.lr=1e-4"]
+    same += ["train.log_every=7", "train.save_every=5", "penalty.weight=0.02", "optim.lr=3e-4"]
+    same += ["data.path=elsewhere.jsonl"]
     for override in same:
         assert config_hash(load_config(None, [override])) == base, override
     for key in ["seed=1", "optim.lr=2e-4", "lora.r=4", "penalty.weight=0", "train.steps=5"]:
@@ -378,7 +379,7 @@ def test_origins(tmp_path):
     assert found == {
         "seed": (5, "override"),
         "optim.warmup": (0.5, "override"),
-        "optim.lr": (1e-4, "default"),
+        "optim.lr": (3e-4, "default"),
         "penalty.norm": ("mean", "file"),
         "penalty.target": ("factors", "preset"),
         "lora.r": (8, "default"),
@@ -388,3 +389,28 @@ def test_origins(tmp_path):
 @pytest.mark.parametrize("value", ["off", "1e-4", "1:30", "010", "~", "", " x ", "a\nb", "\u00e9"])
 def test_text_survives_yaml(value):
     assert yaml_io.parse(yaml_io.dump({"k": value, "l": (value,)})) == {"k": value, "l": [value]}
+
+
+@pytest.mark.parametrize(
+    ("options", "gamma"),
+    [
+        ([], 0.002),
+        (["penalty.preset=off"], 20.0),
+        (["penalty.weight=0"], 20.0),
+        (["penalty.coupling=decoupled"], 20.0),
+        (["penalty.preset=repo-compat"], 20.0),
+        (["penalty.preset=paper-literal"], 0.002),
+        (["optim.curvature.gamma=0.3"], 0.3),
+        (["penalty.preset=off", "optim.curvature.gamma=0.3"], 0.3),
+        (["optim.name=adamw"], 0.002),
+    ],
+    ids=str,
+)
+def test_gamma_depends_on_what_the_denominator_holds(options, gamma):
+    assert load_config(None, options).optim.curvature.gamma == gamma
+
+
+def test_gamma_is_filled_in_a_configuration_made_of_sections():
+    config = RunConfig(penalty=PenaltyConfig(preset="off"), optim=OptimConfig(lr=1e-3))
+    assert config.optim.curvature.gamma == 20.0 and config.optim.lr == 1e-3
+    assert RunConfig().optim.curvature.gamma == 0.002
