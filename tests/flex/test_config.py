@@ -395,10 +395,10 @@ def test_text_survives_yaml(value):
     ("options", "gamma"),
     [
         ([], 0.002),
-        (["penalty.preset=off"], 20.0),
-        (["penalty.weight=0"], 20.0),
-        (["penalty.coupling=decoupled"], 20.0),
-        (["penalty.preset=repo-compat"], 20.0),
+        (["penalty.preset=off"], 5.0),
+        (["penalty.weight=0"], 5.0),
+        (["penalty.coupling=decoupled"], 5.0),
+        (["penalty.preset=repo-compat"], 5.0),
         (["penalty.preset=paper-literal"], 0.002),
         (["optim.curvature.gamma=0.3"], 0.3),
         (["penalty.preset=off", "optim.curvature.gamma=0.3"], 0.3),
@@ -412,5 +412,5 @@ def test_gamma_depends_on_what_the_denominator_holds(options, gamma):
 
 def test_gamma_is_filled_in_a_configuration_made_of_sections():
     config = RunConfig(penalty=PenaltyConfig(preset="off"), optim=OptimConfig(lr=1e-3))
-    assert config.optim.curvature.gamma == 20.0 and config.optim.lr == 1e-3
+    assert config.optim.curvature.gamma == 5.0 and config.optim.lr == 1e-3
     assert RunConfig().optim.curvature.gamma == 0.002
