@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -87,6 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     rows = [json.loads(line) for line in args.examples.read_text().splitlines()]
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=torch.bfloat16, attn_implementation=args.attention
@@ -113,7 +115,8 @@ def main() -> None:
             max_grad_norm=1.0,
             use_cpu=not torch.cuda.is_available(),
             torch_compile=args.compile,
-            ddp_backend="gloo",
+            ddp_backend=None if torch.cuda.is_available() or alone else "gloo",
+            ddp_find_unused_parameters=False,
             logging_strategy="no",
             save_strategy="no",
             report_to="none",

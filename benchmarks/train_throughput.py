@@ -92,7 +92,8 @@ def run_flex(
     from flex.metrics_file import read_metrics
 
     # One step more than is timed: the last one's record comes after a validation.
-    options = [f"train.steps={steps + 2}", "train.sample_prompt=false", *setup.options]
+    options = [f"train.steps={steps + 2}", "train.eval_every=0", "train.save_every=0"]
+    options += ["train.sample_prompt=false", *setup.options]
     options += [f"data.path={mbpp}"] if mbpp else []
     with tempfile.TemporaryDirectory() as folder:
         options += [f"dir={folder}", "name=run"]
