@@ -6,7 +6,9 @@ import torch
 from tests.runs import TINY, checkpoint, losses, run, run_well, write_rows
 
 STEPS = 20
-OPTIMIZERS = {"sophia": "optim.lr=1e-2", "adamw": "optim.lr=1e-2"}
+# At this rate rounding stays rounding: fp32 runs differ by 3e-7 in the curvature. At 1e-2 Sophia's
+# updates overshoot and grow the last bit to 1e-4, or until one sampled label differs (6e-2).
+OPTIMIZERS = {"sophia": "optim.lr=3e-3", "adamw": "optim.lr=3e-3"}
 # fp32, no dropout, one micro-batch per process: what differs is only who holds which part.
 OPTIONS = (
     *TINY,
@@ -41,15 +43,14 @@ def assert_same_run(ours, reference, optimizer):
     assert b[-1] < b[0] - 0.1, "the reference learns nothing, so agreement proves nothing"
     for step, (x, y) in enumerate(zip(a, b, strict=True), start=1):
         assert x == pytest.approx(y, rel=1e-4), f"step {step}"
-    stems = {"adapter": 1e-3} | ({"optimizer": 1e-4} if optimizer == "sophia" else {})
-    for stem, tolerance in stems.items():
+    for stem in ("adapter", "optimizer") if optimizer == "sophia" else ("adapter",):
         mine, theirs = (checkpoint(folder, STEPS, stem) for folder in (ours, reference))
         assert mine.keys() == theirs.keys()
         key = "exp_avg_sq" if stem == "optimizer" else ""
         parts = [name for name in theirs if name.endswith(key)]
         difference = torch.cat([(mine[n] - theirs[n]).flatten() for n in parts]).norm()
         size = torch.cat([theirs[n].flatten() for n in parts]).norm()
-        assert size > 0 and difference <= tolerance * size, (stem, float(difference / size))
+        assert size > 0 and difference <= 1e-4 * size, (stem, float(difference / size))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
