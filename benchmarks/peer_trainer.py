@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--examples", required=True, type=Path)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--adapters", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--layout", choices=("grouped", "random", "flat"), default="grouped")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
@@ -109,6 +110,7 @@ def main() -> None:
             output_dir=folder,
             max_steps=args.steps,
             per_device_train_batch_size=args.batch,
+            gradient_accumulation_steps=args.accumulation,
             train_sampling_strategy="group_by_length" if args.layout == "grouped" else "random",
             learning_rate=2e-4,
             optim="adamw_torch_fused",
@@ -127,11 +129,15 @@ def main() -> None:
         )
         trainer.train()
     seconds = [b - a for a, b in zip(clock.ends[:-1], clock.ends[1:], strict=True)]
-    n = len(seconds)
+
+    def per_step(counts: list[int]) -> list[int]:
+        size, count = args.accumulation, len(seconds)
+        return [sum(counts[i * size : (i + 1) * size]) for i in range(count)]
+
     record = {
         "seconds": seconds,
-        "targets": collator.targets[:n],
-        "positions": collator.positions[:n],
+        "targets": per_step(collator.targets),
+        "positions": per_step(collator.positions),
     }
     print(json.dumps(record))
 

@@ -1,5 +1,7 @@
 """One run on every engine: plain PyTorch and ZeRO 0-3 agree, and what comes out is the same adapter."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -77,6 +79,14 @@ def test_the_decoupled_penalty_moves_whole_matrices_on_partitions(tmp_path, rows
 def test_accumulation_is_the_same_mathematics(tmp_path, rows, plain):
     ours = start(tmp_path, rows, "ours", "adamw", "train.accumulation=4")
     assert_same_run(ours, plain["adamw"], "adamw")
+
+
+def test_no_shared_memory_outlives_a_run(tmp_path, rows):
+    options = (f"dir={tmp_path}", "name=run", f"data.path={rows}", "train.steps=1")
+    done = run(*OPTIONS, *options, engine="zero0")
+    assert done.returncode == 0, done.stderr
+    port = done.args[done.args.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"*_{port}_*"))
 
 
 def test_eight_bit_adamw_is_refused_under_partitioning(tmp_path, rows):
