@@ -83,7 +83,7 @@ def test_accumulation_is_the_same_mathematics(tmp_path, rows, plain):
 
 def test_no_shared_memory_outlives_a_run(tmp_path, rows):
     options = (f"dir={tmp_path}", "name=run", f"data.path={rows}", "train.steps=1")
-    done = run(*OPTIONS, *options, engine="zero0")
+    done = run(*TINY, *options, engine="zero0")
     assert done.returncode == 0, done.stderr
     port = done.args[done.args.index("--master_port") + 1]
     assert not list(Path("/dev/shm").glob(f"*_{port}_*"))
