@@ -74,7 +74,8 @@ def start(cfg: RunConfig) -> None:
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    _unlink_shared_memory()
+    if backend == "gloo":
+        _unlink_shared_memory()
 
 
 def _unlink_shared_memory() -> None:
