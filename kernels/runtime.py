@@ -1,10 +1,16 @@
-"""What kernels share: which implementation runs where, their dtypes, how they refuse."""
+"""What kernels share: which implementation runs where, their dtypes, how they refuse.
+
+Triton runs on a GPU, or on CPU tensors in its interpreter when TRITON_INTERPRET=1 was set before
+triton was first imported (tests do that); the interpreter is exact and very slow.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,7 +18,42 @@ log = logging.getLogger("flex.kernels")
 
 IMPLS = ("auto", "torch", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-TRITON_KERNELS: frozenset[str] = frozenset()  # kernels that have a Triton implementation
+# Kernels that have a Triton implementation, and the dtypes it takes.
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRITON_KERNELS: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One configuration of a Triton function that is launched in production.
+
+    The kernels report compiles it ahead of time for every target and holds the result against
+    tests/golden: registers, spills, shared memory, MMA instructions, width of global loads.
+
+    Attributes:
+        name: "<kernel>/<function>/<what distinguishes the configuration>", unique.
+        fn: the `@triton.jit` function.
+        signature: Triton type by name for every argument that is not a constexpr, in order: "*fp32",
+            "*bf16", "i32", "i64", "fp32", ... All pointers and the integers in `divisible` are
+            taken as divisible by 16, as the launcher would find them on real shapes.
+        constants: value by name of every constexpr.
+        num_warps, num_stages: launch options.
+        divisible: names of integer arguments divisible by 16 on real shapes.
+        mma: the function has a dot of useful size, so tensor-core instructions must appear.
+        wide_loads: it streams through memory, so 128-bit global loads must appear.
+        targets: of "sm_80", "sm_90", "sm_100", "gfx942": those it ships for.
+    """
+
+    name: str
+    fn: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    divisible: tuple[str, ...] = ()
+    mma: bool = False
+    wide_loads: bool = True
+    targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def require(ok: bool, argument: str, value: object, allowed: str) -> None:
@@ -34,16 +75,34 @@ def choose_impl(kernel: str, impl: str, device: torch.device) -> str:
 
     Raises:
         ValueError: `impl` is not one of IMPLS.
-        NotImplementedError: Triton is asked for and the kernel has none.
+        NotImplementedError: Triton is asked for and the kernel has none, or cannot run there.
     """
     require_one_of("impl", impl, IMPLS)
     if impl == "auto":
         return _auto(kernel, device.type)
-    if impl == "triton" and kernel not in TRITON_KERNELS:
-        raise NotImplementedError(
-            f"{kernel} has no Triton implementation yet; use impl='auto' or impl='torch'"
-        )
+    if impl == "triton":
+        if kernel not in TRITON_KERNELS:
+            raise NotImplementedError(
+                f"{kernel} has no Triton implementation yet; use impl='auto' or impl='torch'"
+            )
+        if not interpreting() and device.type != "cuda":
+            raise NotImplementedError(
+                f"{kernel}: Triton does not run on {device.type}; use impl='auto' or impl='torch', "
+                "or set TRITON_INTERPRET=1 before starting Python (exact, very slow)"
+            )
     return impl
+
+
+@functools.cache  # decided when triton is first imported, as its own functions are
+def interpreting() -> bool:
+    """Whether Triton functions run in the interpreter, on tensors of any device; if so, mends it."""
+    import triton
+
+    from . import interpreter
+
+    if triton.knobs.runtime.interpret:
+        interpreter.install()
+    return bool(triton.knobs.runtime.interpret)
 
 
 @functools.cache  # the cache is what makes the log line appear once
