@@ -1,13 +1,11 @@
-"""Public function, argument checks and the autograd Function of the torch implementation.
+"""Public function, argument checks and the autograd Function, over either implementation.
 
 Legend: M rows of x (tokens), K inputs, N outputs, r rank. S = x^ A^T (M, r) with x^ = x where kept,
 else 0; s = scale / (1 - p). Then, with dS = s dY B (M, r):
 
     y = S (s B)^T + bias + x W^T      dx = keep * (dS A) + dY W      dA = dS^T x^      dB = s dY^T S
 
-The skinny product comes first in y and in dx, and the frozen GEMM accumulates onto it: the low-rank
-term is rounded at its own size, then added in the GEMM's fp32 accumulator, without a further pass
-over (M, N) or (M, K).
+torch_path.py and triton_path.py compute them.
 """
 
 from __future__ import annotations
@@ -20,10 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..runtime import DTYPES, choose_impl, require, require_one_of
-from .dropout import apply_mask, apply_mask_, keep_mask
+from ..ranges import named
+from ..runtime import DTYPES, TRITON_DTYPES, choose_impl, require, require_one_of
+from . import torch_path
 
 SEEDS = 2**63  # seeds lie in [0, SEEDS)
+MAX_TRITON_RANK = 256  # a tile of B with more does not fit beside the others
+ROUTES = ("auto", "skinny", "fused")
 
 
 def lora_linear(
@@ -36,6 +37,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: int | None = None,
     impl: str = "auto",
+    route: str = "auto",
 ) -> Tensor:
     """y = x W^T + bias + scale * drop(x) A^T B^T (`lora_linear_reference` is the specification).
 
@@ -48,10 +50,14 @@ def lora_linear(
         lora_b: B (N, r), likewise.
         scale: alpha / r.
         dropout_p: probability that an element of x is hidden from A, in [0, 1).
-        seed: decides the dropout mask; an int in [0, 2^63) (the CPU uses the low 32 bits), needed
-            if dropout_p > 0. Draw it from torch's generator, which activation checkpointing
-            restores: the recomputed mask is the same.
-        impl: "auto", "torch" or "triton".
+        seed: decides the dropout mask; an int in [0, 2^63), needed if dropout_p > 0. Draw it from
+            torch's generator, which activation checkpointing restores: the recomputed mask is the
+            same. So is that of the other implementation, and of another device.
+        impl: "auto", "torch" or "triton" (bf16, fp16, fp32; rank 1 to 256).
+        route: how Triton joins the low-rank term and the frozen product. "skinny": the vendor's
+            GEMM accumulates onto it; "fused": our GEMM starts its accumulator with it, which moves
+            the fewest bytes; "auto": on a GPU the faster one as measured at first use of a shape
+            (`routes.table()` shows what was chosen), elsewhere skinny.
 
     Returns: y (..., N) in x's dtype, whatever autocast says.
 
@@ -61,11 +67,42 @@ def lora_linear(
 
     Raises:
         ValueError: an argument is out of its set; the message names it, its value and the set.
-        NotImplementedError: impl="triton".
+        NotImplementedError: impl="triton" on a device that Triton does not run on.
     """
     _check(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-    choose_impl("lora_linear", impl, x.device)
-    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    rank = lora_a.shape[0]
+    if impl == "triton":
+        require_one_of("x.dtype", x.dtype, TRITON_DTYPES)
+        require(rank <= MAX_TRITON_RANK, "rank", rank, f"at most {MAX_TRITON_RANK} for Triton")
+    elif impl == "auto" and (x.dtype not in TRITON_DTYPES or rank > MAX_TRITON_RANK):
+        impl = "torch"
+    require_one_of("route", route, ROUTES)
+    if choose_impl("lora_linear", impl, x.device) == "triton":
+        route = _resolved(route, x, weight, lora_a, lora_b, scale, dropout_p, seed)
+    else:
+        route = "torch"
+    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, route)
+
+
+def _resolved(
+    route: str,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: int | None,
+) -> str:
+    if route != "auto":
+        return route
+    if not x.is_cuda or not x.numel():
+        return "skinny"
+    from .routes import fastest
+
+    with torch.no_grad(), _without_autocast(x.device.type):
+        x_mk = x.detach().reshape(-1, x.shape[-1])
+        return fastest(x_mk, weight, lora_a, lora_b, scale, dropout_p, seed)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -80,24 +117,20 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         dropout_p: float,
         seed: int,
+        route: str,
     ) -> Tensor:
         scale = scale / (1 - dropout_p)
         x_mk = x.reshape(-1, x.shape[-1])
-        kept_mk = x_mk
-        with _without_autocast(x.device.type):
-            if dropout_p > 0:
-                kept_mk = apply_mask(
-                    x_mk, keep_mask(seed, x_mk.shape[0], x_mk.shape[1], dropout_p, x.device)
-                )
-            s_mr = kept_mk @ lora_a.to(x.dtype).t()
-            b_rn = _scaled(lora_b, scale, x.dtype).t()
-            y_mn = s_mr @ b_rn if bias is None else torch.addmm(bias.to(x.dtype), s_mr, b_rn)
-            y_mn.addmm_(x_mk, weight.t())
+        with _without_autocast(x.device.type), named("lora_linear/forward"):
+            y_mn, s_mr = _path(route).forward(
+                x_mk, weight, bias, lora_a, lora_b, scale, dropout_p, seed, **_options(route)
+            )
         need_a, need_b = ctx.needs_input_grad[3:5]
         ctx.save_for_backward(
             x if need_a else None, s_mr if need_b else None, weight, lora_a, lora_b
         )
         ctx.x_shape, ctx.scale, ctx.dropout_p, ctx.seed = x.shape, scale, dropout_p, seed
+        ctx.route = route
         return y_mn.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -106,41 +139,36 @@ class _LoraLinear(torch.autograd.Function):
         x, s_mr, weight, lora_a, lora_b = ctx.saved_tensors
         need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
         dy_mn = dy.reshape(-1, dy.shape[-1])
-        dx = da = db = keep = None
-        with _without_autocast(dy.device.type):
-            if need_b:
-                db_rn = _wide_product(
-                    s_mr.t(), dy_mn
-                )  # (S^T dY)^T: 0.22 ms where dY^T S takes 0.37
-                db = db_rn.t().to(lora_b.dtype, memory_format=torch.contiguous_format)
-                db.mul_(ctx.scale)
-            if need_x or need_a:
-                ds_mr = dy_mn @ _scaled(lora_b, ctx.scale, dy.dtype)
-                if ctx.dropout_p > 0:
-                    rows, columns = dy_mn.shape[0], lora_a.shape[1]
-                    keep = keep_mask(ctx.seed, rows, columns, ctx.dropout_p, dy.device)
-            if need_a:
-                x_mk = x.reshape(-1, x.shape[-1])
-                kept_mk = x_mk if keep is None else apply_mask(x_mk, keep)
-                da = _wide_product(ds_mr.t(), kept_mk).to(lora_a.dtype)
-            if need_x:
-                dx_mk = ds_mr @ lora_a.to(dy.dtype)
-                if keep is not None:
-                    apply_mask_(dx_mk, keep)
-                dx = dx_mk.addmm_(dy_mn, weight).view(ctx.x_shape)
-        return dx, None, None, da, db, None, None, None
+        x_mk = None if x is None else x.reshape(-1, x.shape[-1])
+        with _without_autocast(dy.device.type), named("lora_linear/backward"):
+            dx, da, db = _path(ctx.route).backward(
+                dy_mn,
+                x_mk,
+                s_mr,
+                weight,
+                lora_a,
+                lora_b,
+                ctx.scale,
+                ctx.dropout_p,
+                ctx.seed,
+                (need_x, need_a, need_b),
+                **_options(ctx.route),
+            )
+            dx = None if dx is None else dx.view(ctx.x_shape)
+        return dx, None, None, da, db, None, None, None, None
 
 
-def _scaled(lora_b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale * B in `dtype`, rounded once: the scale meets (N, r) numbers instead of (M, N)."""
-    return (lora_b.to(torch.promote_types(lora_b.dtype, dtype)) * scale).to(dtype)
+def _path(route: str) -> Any:
+    """The module that computes; Triton's is imported only where it is used."""
+    if route == "torch":
+        return torch_path
+    from . import triton_path
+
+    return triton_path
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; of 16-bit inputs the fp32 accumulator itself where the GEMM can return it (CUDA)."""
-    if a.is_cuda and a.element_size() == 2:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+def _options(route: str) -> dict[str, str]:
+    return {} if route == "torch" else {"route": route}
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,13 +16,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flex.kernels import runtime
-from flex.kernels.lora_linear import api, lora_linear
+from flex.kernels.lora_linear import api, lora_linear, torch_path
 from flex.kernels.lora_linear.dropout import apply_mask, keep_mask
 from flex.kernels.lora_linear.reference import lora_linear_reference
 from tests.oracle import assert_within_budget
 
 CPU = torch.device("cpu")
-SEED = 1234
+SEED = 4321
 
 
 @dataclass(frozen=True)
@@ -168,50 +170,65 @@ def test_reference_is_the_published_formula() -> None:
             assert float(got[m, n]) == pytest.approx(y, abs=1e-5)
 
 
-# --- bugs that must not survive: (name, text in api.py, what a careless author would have written)
+# --- bugs that must not survive: (name, text in torch_path.py, what a careless author would write)
 BUGS = (
-    ("mask missing in dx", "apply_mask_(dx_mk, keep)", "pass"),
-    ("mask missing in dA", "x_mk if keep is None else apply_mask(x_mk, keep)", "x_mk"),
-    ("mask redrawn in backward", "keep_mask(ctx.seed,", "keep_mask(ctx.seed + 1,"),
-    ("1/(1-p) missing", "scale = scale / (1 - dropout_p)", "pass"),
-    ("scale missing in dB", "db.mul_(ctx.scale)", "pass"),
-    ("scale missing in dS", "_scaled(lora_b, ctx.scale, dy.dtype)", "lora_b.to(dy.dtype)"),
-    ("scale squared in y", "_scaled(lora_b, scale, x.dtype)", "_scaled(lora_b, scale**2, x.dtype)"),
-    ("W transposed in y", "y_mn.addmm_(x_mk, weight.t())", "y_mn.addmm_(x_mk, weight)"),
-    ("W transposed in dx", "dx_mk.addmm_(dy_mn, weight)", "dx_mk.addmm_(dy_mn, weight.t())"),
-    ("base term missing", "y_mn.addmm_(x_mk, weight.t())", "pass"),
+    ("mask missing in dx", "apply_mask_(dx, keep)", "pass"),
+    ("mask missing in dA", "x if keep is None else apply_mask(x, keep)", "x"),
+    ("mask redrawn in backward", "keep_mask(seed, dy.shape[0]", "keep_mask(seed + 1, dy.shape[0]"),
+    ("scale missing in dB", "db.mul_(scale)", "pass"),
+    ("scale missing in dS", "scaled(lora_b, scale, dy.dtype)", "lora_b.to(dy.dtype)"),
+    ("scale squared in y", "scaled(lora_b, scale, x.dtype)", "scaled(lora_b, scale**2, x.dtype)"),
+    ("W transposed in y", "y_mn.addmm_(x, weight.t())", "y_mn.addmm_(x, weight)"),
+    ("W transposed in dx", "dx.addmm_(dy, weight)", "dx.addmm_(dy, weight.t())"),
+    ("base term missing", "y_mn.addmm_(x, weight.t())", "y_mn"),
     ("bias missing", "if bias is None else torch.addmm(bias", "if True else torch.addmm(bias"),
-    ("y zeroed", "return y_mn.view(", "return y_mn.zero_().view("),
-    ("dx zeroed", "dx_mk.addmm_(dy_mn, weight).view", "dx_mk.zero_().view"),
+    ("y zeroed", "y_mn.addmm_(x, weight.t())", "y_mn.zero_()"),
+    ("dx zeroed", "dx.addmm_(dy, weight)", "dx.zero_()"),
     ("dA zeroed", "_wide_product(ds_mr.t(), kept_mk)", "_wide_product(0 * ds_mr.t(), kept_mk)"),
     ("A rounded", "kept_mk @ lora_a.to(x.dtype)", "kept_mk @ lora_a.bfloat16().float()"),
 )
 
 
-def mutant(folder: Path, old: str, new: str) -> Callable[..., Tensor]:
-    """`lora_linear` from a copy of api.py in which the one occurrence of `old` reads `new`."""
-    source = Path(api.__file__).read_text()
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in api.py"
+def load_copy(folder: Path, module: ModuleType, old: str, new: str) -> ModuleType:
+    """A copy of a module of lora_linear in which the one occurrence of `old` reads `new`."""
+    assert module.__file__ is not None
+    source = Path(module.__file__).read_text()
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module.__name__}"
     path = folder / "mutant.py"
     path.write_text(source.replace(old, new))
     name = "flex.kernels.lora_linear._mutant"  # a sibling's name, for the relative imports
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.lora_linear
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[name] = copy  # triton looks a function's module up
+    spec.loader.exec_module(copy)
+    return copy
 
 
-@pytest.mark.parametrize(("bug", "old", "new"), BUGS, ids=[bug[0] for bug in BUGS])
-def test_bug_is_noticed(tmp_path: Path, bug: str, old: str, new: str) -> None:
-    broken = mutant(tmp_path, old, new)
+def test_bug_in_the_scale_of_dropout_is_noticed(tmp_path: Path) -> None:
+    broken = load_copy(tmp_path, api, "scale = scale / (1 - dropout_p)", "pass").lora_linear
     with pytest.raises(AssertionError, match="over its budget"):
         check(broken, Case())
 
 
-def test_unchanged_copy_passes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bug", "old", "new"), BUGS, ids=[bug[0] for bug in BUGS])
+def test_bug_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bug: str, old: str, new: str
+) -> None:
+    monkeypatch.setattr(api, "torch_path", load_copy(tmp_path, torch_path, old, new))
+    with pytest.raises(AssertionError, match="over its budget"):
+        check(lora_linear, Case())
+
+
+@pytest.mark.parametrize("module", (torch_path, api))
+def test_unchanged_copy_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> None:
     """The harness of the bugs adds none of its own."""
-    check(mutant(tmp_path, "_LoraLinear.apply", "_LoraLinear.apply"), Case())
+    start = "from __future__ import annotations"
+    copy = load_copy(tmp_path, module, start, start)
+    monkeypatch.setattr(api, "torch_path", copy if module is torch_path else torch_path)
+    check(lora_linear if module is torch_path else copy.lora_linear, Case())
 
 
 # --- dropout
@@ -397,10 +414,22 @@ def test_bad_argument(changes: dict[str, object], message: str) -> None:
         lora_linear(**{**good, "scale": 1.0, **changes})
 
 
-def test_triton_is_refused_not_replaced() -> None:
+def test_triton_is_refused_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "interpreting", lambda: False)
     x, w, bias, a, b, _ = operands(Case())
-    with pytest.raises(NotImplementedError, match="lora_linear has no Triton implementation"):
+    with pytest.raises(NotImplementedError, match="Triton does not run on cpu.*TRITON_INTERPRET=1"):
         lora_linear(x, w, bias, a, b, 1.0, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "message"),
+    [(torch.float64, 4, "x.dtype is torch.float64"), (torch.float32, 257, "rank is 257")],
+)
+def test_what_triton_does_not_take(dtype: torch.dtype, rank: int, message: str) -> None:
+    x, w, bias, a, b, _ = operands(Case(dtype=dtype, rank=rank))
+    with pytest.raises(ValueError, match=message):
+        lora_linear(x, w, bias, a, b, 1.0, impl="triton")
+    lora_linear(x, w, bias, a, b, 1.0)
 
 
 def test_auto_says_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -409,6 +438,4 @@ def test_auto_says_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "flex.kernels"):
         for _ in range(3):
             lora_linear(x, w, bias, a, b, 1.0)
-    assert [r.message for r in caplog.records] == [
-        "lora_linear on cpu: torch (the only implementation)"
-    ]
+    assert [r.message for r in caplog.records] == ["lora_linear on cpu: torch (the device is cpu)"]
