@@ -70,21 +70,18 @@ def lora_linear(
         NotImplementedError: impl="triton" on a device that Triton does not run on.
     """
     _check(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-    rank = lora_a.shape[0]
-    if impl == "triton":
-        require_one_of("x.dtype", x.dtype, TRITON_DTYPES)
-        require(rank <= MAX_TRITON_RANK, "rank", rank, f"at most {MAX_TRITON_RANK} for Triton")
-    elif impl == "auto" and (x.dtype not in TRITON_DTYPES or rank > MAX_TRITON_RANK):
-        impl = "torch"
     require_one_of("route", route, ROUTES)
-    if choose_impl("lora_linear", impl, x.device) == "triton":
-        route = _resolved(route, x, weight, lora_a, lora_b, scale, dropout_p, seed)
-    else:
-        route = "torch"
+    if torch.compiler.is_compiling():
+        from .ops import lora_forward
+
+        rest = (scale, dropout_p, -1 if seed is None else seed, impl, route)
+        return lora_forward(x, weight, bias, lora_a, lora_b, *rest)[0]
+    route = resolve(impl, route, x, weight, lora_a, lora_b, scale, dropout_p, seed)
     return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, route)
 
 
-def _resolved(
+def resolve(
+    impl: str,
     route: str,
     x: Tensor,
     weight: Tensor,
@@ -94,6 +91,18 @@ def _resolved(
     dropout_p: float,
     seed: int | None,
 ) -> str:
+    """What computes: "torch", or the Triton route "skinny" or "fused".
+
+    Raises: as `lora_linear` does over `impl`, and ValueError for what Triton does not take.
+    """
+    rank = lora_a.shape[0]
+    if impl == "triton":
+        require_one_of("x.dtype", x.dtype, TRITON_DTYPES)
+        require(rank <= MAX_TRITON_RANK, "rank", rank, f"at most {MAX_TRITON_RANK} for Triton")
+    elif impl == "auto" and (x.dtype not in TRITON_DTYPES or rank > MAX_TRITON_RANK):
+        impl = "torch"
+    if choose_impl("lora_linear", impl, x.device) == "torch":
+        return "torch"
     if route != "auto":
         return route
     if not x.is_cuda or not x.numel():
@@ -122,8 +131,8 @@ class _LoraLinear(torch.autograd.Function):
         scale = scale / (1 - dropout_p)
         x_mk = x.reshape(-1, x.shape[-1])
         with _without_autocast(x.device.type), named("lora_linear/forward"):
-            y_mn, s_mr = _path(route).forward(
-                x_mk, weight, bias, lora_a, lora_b, scale, dropout_p, seed, **_options(route)
+            y_mn, s_mr = path(route).forward(
+                x_mk, weight, bias, lora_a, lora_b, scale, dropout_p, seed, **options(route)
             )
         need_a, need_b = ctx.needs_input_grad[3:5]
         ctx.save_for_backward(
@@ -141,7 +150,7 @@ class _LoraLinear(torch.autograd.Function):
         dy_mn = dy.reshape(-1, dy.shape[-1])
         x_mk = None if x is None else x.reshape(-1, x.shape[-1])
         with _without_autocast(dy.device.type), named("lora_linear/backward"):
-            dx, da, db = _path(ctx.route).backward(
+            dx, da, db = path(ctx.route).backward(
                 dy_mn,
                 x_mk,
                 s_mr,
@@ -152,13 +161,13 @@ class _LoraLinear(torch.autograd.Function):
                 ctx.dropout_p,
                 ctx.seed,
                 (need_x, need_a, need_b),
-                **_options(ctx.route),
+                **options(ctx.route),
             )
             dx = None if dx is None else dx.view(ctx.x_shape)
         return dx, None, None, da, db, None, None, None, None
 
 
-def _path(route: str) -> Any:
+def path(route: str) -> Any:
     """The module that computes; Triton's is imported only where it is used."""
     if route == "torch":
         return torch_path
@@ -167,7 +176,8 @@ def _path(route: str) -> Any:
     return triton_path
 
 
-def _options(route: str) -> dict[str, str]:
+def options(route: str) -> dict[str, str]:
+    """What `path(route)`'s functions take beside the common arguments."""
     return {} if route == "torch" else {"route": route}
 
 

@@ -439,3 +439,37 @@ def test_auto_says_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(3):
             lora_linear(x, w, bias, a, b, 1.0)
     assert [r.message for r in caplog.records] == ["lora_linear on cpu: torch (the device is cpu)"]
+
+
+# --- torch.compile
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+@pytest.mark.parametrize("dropout", (0.0, 0.1))
+@pytest.mark.parametrize("wanted", ({"x", "a", "b"}, {"a", "b"}), ids=("all", "a and b"))
+def test_compiles_to_one_graph(impl: str, dropout: float, wanted: set[str]) -> None:
+    if impl == "triton" and not runtime.interpreting():
+        pytest.skip("needs TRITON_INTERPRET=1")
+    x, w, bias, a, b, dy = operands(Case(rows=(3, 5)))
+    leaves = {"x": x, "a": a, "b": b}
+    for name in wanted:
+        leaves[name].requires_grad_()
+
+    def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return lora_linear(x.tanh(), w, bias, a, b, 1.75, dropout, SEED, impl=impl).sin()
+
+    results = []
+    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        y = function(x, a, b)
+        results.append((y, *torch.autograd.grad(y, [leaves[n] for n in sorted(wanted)], dy)))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_the_operator_keeps_its_promises() -> None:
+    """Schema, fake kernel, autograd registration: torch's own checks."""
+    from flex.kernels.lora_linear.ops import lora_forward
+
+    x, w, bias, a, b, _ = operands(Case(rows=(2, 5)))
+    for leaf in (x, a, b):
+        leaf.requires_grad_()
+    torch.library.opcheck(lora_forward, (x, w, bias, a, b, 0.5, 0.1, 7, "torch", "auto"))
