@@ -69,7 +69,7 @@ def lora_linear(
         ValueError: an argument is out of its set; the message names it, its value and the set.
         NotImplementedError: impl="triton" on a device that Triton does not run on.
     """
-    _check(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    check(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
     require_one_of("route", route, ROUTES)
     if torch.compiler.is_compiling():
         from .ops import lora_forward
@@ -109,7 +109,7 @@ def resolve(
         return "skinny"
     from .routes import fastest
 
-    with torch.no_grad(), _without_autocast(x.device.type):
+    with torch.no_grad(), without_autocast(x.device.type):
         x_mk = x.detach().reshape(-1, x.shape[-1])
         return fastest(x_mk, weight, lora_a, lora_b, scale, dropout_p, seed)
 
@@ -130,7 +130,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         scale = scale / (1 - dropout_p)
         x_mk = x.reshape(-1, x.shape[-1])
-        with _without_autocast(x.device.type), named("lora_linear/forward"):
+        with without_autocast(x.device.type), named("lora_linear/forward"):
             y_mn, s_mr = path(route).forward(
                 x_mk, weight, bias, lora_a, lora_b, scale, dropout_p, seed, **options(route)
             )
@@ -149,7 +149,7 @@ class _LoraLinear(torch.autograd.Function):
         need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
         dy_mn = dy.reshape(-1, dy.shape[-1])
         x_mk = None if x is None else x.reshape(-1, x.shape[-1])
-        with _without_autocast(dy.device.type), named("lora_linear/backward"):
+        with without_autocast(dy.device.type), named("lora_linear/backward"):
             dx, da, db = path(ctx.route).backward(
                 dy_mn,
                 x_mk,
@@ -181,14 +181,14 @@ def options(route: str) -> dict[str, str]:
     return {} if route == "torch" else {"route": route}
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """The casts are ours: autocast would recast operands, and differently in backward."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
-def _check(
+def check(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -198,6 +198,7 @@ def _check(
     dropout_p: float,
     seed: int | None,
 ) -> None:
+    """Refuse arguments out of their sets; the message names the argument, its value, the set."""
     require_one_of("x.dtype", x.dtype, DTYPES)
     require(x.dim() >= 1, "x.shape", tuple(x.shape), "(..., K)")
     require(weight.dtype == x.dtype, "weight.dtype", weight.dtype, f"x's, {x.dtype}")

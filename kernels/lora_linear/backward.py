@@ -177,6 +177,7 @@ def grad_x_kernel(
     HAS_DROPOUT: tl.constexpr,
     HAS_GEMM: tl.constexpr,
     HAS_LORA: tl.constexpr,
+    ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -184,7 +185,10 @@ def grad_x_kernel(
     BLOCK_R: tl.constexpr,
     STEP_R: tl.constexpr,
 ):
-    """dX (M, K) = keep * (dS A) [+ dY W with HAS_GEMM], the low-rank term first, fp32 throughout."""
+    """dX (M, K) = keep * (dS A) [+ dY W with HAS_GEMM], the low-rank term first, fp32 throughout.
+
+    ADD: what dX holds is added, as for a projection whose sibling wrote it.
+    """
     pid_m, pid_k = tl.program_id(0), tl.program_id(1)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -215,6 +219,9 @@ def grad_x_kernel(
             w_NK = tl.load(w_at, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
             acc_MK = tl.dot(dy_MN, w_NK, acc_MK, input_precision=PRECISION)
     dx_at = dx_ptr + offs_m.to(tl.int64)[:, None] * inputs + offs_k[None, :]
+    if ADD:
+        before_MK = tl.load(dx_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        acc_MK += before_MK.to(tl.float32)
     dx_MK = acc_MK.to(dx_ptr.dtype.element_ty)
     tl.store(dx_at, dx_MK, mask=mask_m[:, None] & mask_k[None, :])
 
@@ -299,12 +306,16 @@ def grad_x(
     dropout_p: float,
     seed: int | None,
     with_gemm: bool,
+    add_to: Tensor | None = None,
 ) -> Tensor:
-    """keep * (dS A), (M, K), and dY W added to it if `with_gemm`; without `ds` the GEMM alone."""
+    """keep * (dS A), (M, K), and dY W added to it if `with_gemm`; without `ds` the GEMM alone.
+
+    With `add_to`, (M, K) contiguous, the sum of that and this, in its place.
+    """
     dy, weight, lora_a = row_major(dy), row_major(weight), row_major(lora_a)
     (rows, outputs), inputs = dy.shape, lora_a.shape[1]
     rank = lora_a.shape[0]
-    dx = dy.new_empty(rows, inputs)
+    dx = dy.new_empty(rows, inputs) if add_to is None else add_to
     sizes, launch = gemm_config(dy.dtype, padded_rank(rank))
     blocks = transposed(sizes)
     if rows:
@@ -327,6 +338,7 @@ def grad_x(
             HAS_DROPOUT=dropout_p > 0,
             HAS_GEMM=with_gemm,
             HAS_LORA=ds is not None,
+            ADD=add_to is not None,
             PRECISION=precision(dy.dtype),
             BLOCK_R=padded_rank(rank),
             **blocks,

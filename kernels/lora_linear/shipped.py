@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..runtime import Shipped
-from . import backward, forward
+from . import backward, forward, siblings
 from .tiles import precision
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -115,6 +115,7 @@ def _gemms(dtype: torch.dtype, block_r: int) -> list[Shipped]:
                     "HAS_DROPOUT": True,
                     "HAS_GEMM": with_gemm,
                     "HAS_LORA": True,
+                    "ADD": False,
                     "PRECISION": precision(dtype),
                     "BLOCK_R": block_r,
                     **blocks,
@@ -156,4 +157,31 @@ def _partials(dtype: torch.dtype, block_r: int) -> list[Shipped]:
         mma=dtype != torch.float32,
         targets=_targets(block_r),
     )
-    return [sb, a]
+    return [sb, a, *_siblings(dtype, block_r)]
+
+
+def _siblings(dtype: torch.dtype, block_r: int) -> list[Shipped]:
+    if block_r > 64:
+        return []
+    pointer = TYPES[dtype]
+    integers = dict.fromkeys(("dropped", "rows", "inputs", "rank", "stride_xm"), "i32")
+    constants = {"COUNT": 3, "HAS_DROPOUT": True, "PRECISION": precision(dtype)}
+    found = []
+    for kernel, (blocks, launch), out in (
+        ("down", siblings.down_siblings_config(block_r, dtype), "s_ptr"),
+        ("grad_a", siblings.grad_a_siblings_config(block_r, dtype), "da_ptr"),
+    ):
+        third = {"a_ptr": pointer} if kernel == "down" else {"ds_ptr": pointer}
+        out_type = pointer if kernel == "down" else "*fp32"
+        found.append(
+            Shipped(
+                _name(f"{kernel}_siblings", dtype, block_r),
+                getattr(siblings, f"{kernel}_siblings_kernel"),
+                {"x_ptr": pointer, **third, out: out_type, "seeds_ptr": "*i64", **integers},
+                {**constants, **blocks},
+                **launch,
+                divisible=("inputs", "stride_xm"),
+                mma=dtype != torch.float32,
+            )
+        )
+    return found
