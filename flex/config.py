@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -26,8 +34,8 @@ class ModelConfig(Section):
     revision: str | None = Field(
         None, description="Hub revision; pin it for a result that others can repeat"
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="dtype of the frozen base"
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = Field(
+        "bfloat16", description="dtype of the frozen base; float64: as a reference only"
     )
     attention: Literal["auto", "sdpa", "eager"] = Field(
         "auto",
@@ -260,6 +268,45 @@ class TrainSection(Section):
     sample_prompt: bool = Field(True, description="print a sample completion before and after")
 
 
+class KernelsConfig(Section):
+    impl: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="which implementation computes LoRA, penalty and Sophia: auto: Triton on GPUs, "
+        "torch on CPUs",
+    )
+
+
+class ProfileConfig(Section):
+    """Named ranges around phases and kernels of a few steps: a table and a trace."""
+
+    tool: Literal["none", "torch", "proton", "nvtx"] = Field(
+        "none",
+        description="torch: torch.profiler; proton: Triton's profiler (GPU); nvtx: marks for nsys "
+        "(NVIDIA GPU)",
+    )
+    steps: str = Field(
+        "5-8", description="the steps to profile, first and last as the log numbers them, or one"
+    )
+
+    @field_validator("steps")
+    @classmethod
+    def _check_steps(cls, text: str) -> str:
+        found = re.fullmatch(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", text, re.ASCII)
+        if found is None:
+            raise ValueError("must be a step or FIRST-LAST, such as 5-8; the first step is 1")
+        if int(found[2] or found[1]) < int(found[1]):
+            raise ValueError("must not end before it begins")
+        return text
+
+    @property
+    def first(self) -> int:
+        return int(self.steps.partition("-")[0])
+
+    @property
+    def last(self) -> int:
+        return int(self.steps.rpartition("-")[2])
+
+
 class RunConfig(Section):
     """A whole run. `python -m flex config show` prints it resolved."""
 
@@ -283,6 +330,8 @@ class RunConfig(Section):
     penalty: PenaltyConfig = PenaltyConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainSection = TrainSection()
+    kernels: KernelsConfig = KernelsConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -66,7 +66,7 @@ def _rule(item: Any) -> str:
             return "must be text"
         case "string_pattern_mismatch":
             return f"must match the pattern {context['pattern']}"
-    return item["msg"].replace("Input should", "must", 1)
+    return item["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
 
 
 def _fix(key: str, value: Any) -> str:

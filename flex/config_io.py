@@ -18,9 +18,11 @@ from flex.config_errors import Given, invalid, nearest_file, not_a_section, shor
 from flex.errors import ConfigError
 from flex.options import OPTIONS, SECTIONS, suggest
 
-# Options that cannot change what is learnt; the rest is hashed. ZeRO shards the same maths.
+# Options that cannot change what is learnt; the rest is hashed. ZeRO shards the same maths, and
+# implementations of a kernel differ in rounding and in which dropout masks a seed gives.
 _BOOKKEEPING = {
     *("name", "dir", "track", "resume", "deepspeed"),
+    *("kernels.impl", "profile.tool", "profile.steps"),
     *("train.eval_every", "train.eval_batch_size", "train.save_every", "train.keep"),
     *("train.log_every", "train.sample_prompt"),
     "penalty.preset",  # its fields are in the hash, resolved

@@ -16,6 +16,7 @@ from .engine import Engine
 from .errors import CheckpointError
 from .meters import Meter
 from .processes import all_reduce, gather_text
+from .ranges import Profile, named
 from .state import Batch, StepReport, TrainState
 from .step import train_step, validation_loss
 from .stop import Stop, StopSignal
@@ -47,7 +48,9 @@ class Trainer:
     failed_saves: int = 0
     skipped_in_a_row: int = 0
 
-    def fit(self, meter: Meter, trackers: Sequence[Tracker], stop: StopSignal) -> Stop:
+    def fit(
+        self, meter: Meter, trackers: Sequence[Tracker], stop: StopSignal, profile: Profile
+    ) -> Stop:
         """Train to the last step or until asked to stop; returns why it ended (GO: it is done)."""
         total = self.loader.total_steps
         if self.state.step == 0 and self.validation:
@@ -57,22 +60,26 @@ class Trainer:
         while self.state.step < total:
             wish = stop.poll()
             flags = (float(wish == Stop.STOP), float(wish == Stop.SAVE))
-            report, (stops, saves) = train_step(
-                self.cfg, self.engine, self.loader, self.penalty, self.state.step, total, flags
-            )
+            with profile.step(self.state.step + 1):
+                report, (stops, saves) = train_step(
+                    self.cfg, self.engine, self.loader, self.penalty, self.state.step, total, flags
+                )
             self._count(report)
             last = report.step == total
             if self.validation and (last or is_due(report.step, self.cfg.train.eval_every)):
-                report.validation_loss = validation_loss(self.engine, self.validation)
+                with named("validation"):
+                    report.validation_loss = validation_loss(self.engine, self.validation)
                 self.state.last_validation_loss = report.validation_loss
             if self.penalty is not None and is_due(report.step, self.cfg.train.log_every):
                 self.engine.gather()
                 report.high_band = self.penalty.high_band_share()
-            record = meter.update(report)
-            for tracker in trackers:
-                tracker.log(record, report.step)
+            with named("log"):
+                record = meter.update(report)
+                for tracker in trackers:
+                    tracker.log(record, report.step)
             if last or stops or saves or is_due(report.step, self.cfg.train.save_every):
-                self.save()
+                with named("save"):
+                    self.save()
             if stops and not last:
                 return Stop.STOP
         return Stop.GO

@@ -114,6 +114,7 @@ class SpectralPenalty:
     Args:
         pairs: the adapters; `from_model` finds those of a PEFT model.
         config: a PenaltyConfig, or none and its fields as keyword arguments.
+        impl: which implementation of the kernel: "auto", "torch" or "triton".
 
     Raises:
         ConfigError: both a config and options.
@@ -121,7 +122,12 @@ class SpectralPenalty:
     """
 
     def __init__(
-        self, pairs: Iterable[LoraPair], config: PenaltyConfig | None = None, **options: Any
+        self,
+        pairs: Iterable[LoraPair],
+        config: PenaltyConfig | None = None,
+        *,
+        impl: str = "auto",
+        **options: Any,
     ) -> None:
         if config is not None and options:
             raise ConfigError(
@@ -130,6 +136,7 @@ class SpectralPenalty:
                 "pass the fields either in PenaltyConfig(...) or as keyword arguments",
             )
         self.config = config if config is not None else PenaltyConfig(**options)
+        self.impl = impl
         self.pairs = tuple(pairs)
         self.last_report: PenaltyReport | None = None
         if not any(p.a.requires_grad or p.b.requires_grad for p in self.pairs):
@@ -149,10 +156,15 @@ class SpectralPenalty:
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, config: PenaltyConfig | None = None, **options: Any
+        cls,
+        model: nn.Module,
+        config: PenaltyConfig | None = None,
+        *,
+        impl: str = "auto",
+        **options: Any,
     ) -> SpectralPenalty:
         """Over every trainable LoRA linear of a PEFT model, stock layers included."""
-        return cls(find_pairs(model), config, **options)
+        return cls(find_pairs(model), config, impl=impl, **options)
 
     @torch.no_grad()
     def add_gradients(self) -> PenaltyReport:
@@ -341,7 +353,7 @@ class SpectralPenalty:
         gradients: Gradients = []
         for index, span in self._spans(rank, world) if self.config.active else ():
             group = self._groups[index]
-            values, grads = group.gradients(span, self.spectrum, self._factor)
+            values, grads = group.gradients(span, self.spectrum, self._factor, self.impl)
             weighted = weighted + values.sum().to(zero.device)
             for stack, grad in zip(group.stacks, grads, strict=True):
                 if stack.trainable and not self.config.detached:
@@ -396,18 +408,20 @@ class _Group:
         self.moved = start is not None and bool(start.any())
 
     def gradients(
-        self, span: slice, spectrum: Spectrum, weight: float
+        self, span: slice, spectrum: Spectrum, weight: float, impl: str
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """weight * P (m,) and its gradient per stack, for the members in `span`."""
         if len(self.stacks) == 1:
             (s,) = self.stacks
-            value, grad = spectral_penalty(s.update(span), spectrum, role=s.role, weight=weight)
+            value, grad = spectral_penalty(
+                s.update(span), spectrum, role=s.role, weight=weight, impl=impl
+            )
             return value, (grad,)
         a, b = self.stacks
         a0, b0 = (s.start[span] if self.moved and s.start is not None else None for s in (a, b))
         w_a, w_b = a.current(span), b.current(span)
         value, *grads = spectral_penalty_delta(
-            w_a, w_b, spectrum, a0=a0, b0=b0, scale=self.scale, weight=weight
+            w_a, w_b, spectrum, a0=a0, b0=b0, scale=self.scale, weight=weight, impl=impl
         )
         return value, tuple(grads)
 

@@ -22,6 +22,7 @@ from .model.base import load_model, resolve
 from .model.export import PROMPT, probe_logits, save_adapter, self_test
 from .optim import build_optimizer
 from .penalty import SpectralPenalty
+from .ranges import Profile
 from .sample import sample_completion
 from .state import Batch, Example
 from .stop import Stop, StopSignal
@@ -96,9 +97,13 @@ class Session:
 
     def _build(self, loaded: Loaded | None) -> tuple[Engine, SpectralPenalty | None]:
         cfg = self.cfg
-        model = add_adapters(load_model(cfg.model, processes.local_device()), cfg.lora, cfg.seed)
+        impl = cfg.kernels.impl
+        base = load_model(cfg.model, processes.local_device())
+        model = add_adapters(base, cfg.lora, cfg.seed, impl)
         parameters = adapter_parameters(model)
-        penalty = SpectralPenalty.from_model(model, cfg.penalty) if cfg.penalty.active else None
+        penalty = None
+        if cfg.penalty.active:
+            penalty = SpectralPenalty.from_model(model, cfg.penalty, impl=impl)
         offsets = None
         if penalty is not None:
             penalty.warnings_at_start()
@@ -109,7 +114,7 @@ class Session:
             load_parameters(parameters, loaded.tensors["adapter"])
             if penalty is not None:
                 penalty.load_state_dict(loaded.tensors.get("penalty", {}))
-        optimizer = build_optimizer(cfg.optim, parameters, offsets)
+        optimizer = build_optimizer(cfg.optim, parameters, offsets, impl)
         engine = build_engine(cfg, model, optimizer, parameters)
         if loaded is not None:
             counters = loaded.extra["counters"]
@@ -143,8 +148,9 @@ class Session:
         )
         trigger_files = self.folder.path if self.rank == 0 else None
         try:
-            with meter, StopSignal(trigger_files) as stop:
-                return trainer.fit(meter, trackers, stop)
+            profile = Profile(self.cfg.profile, self.folder.path, active=self.rank == 0)
+            with meter, StopSignal(trigger_files) as stop, profile:
+                return trainer.fit(meter, trackers, stop, profile)
         finally:
             for tracker in trackers:
                 tracker.finish()

@@ -12,6 +12,7 @@ from .loss import cross_entropy_sum
 from .optim import CurvatureStats, learning_rate, sample_labels
 from .optim.curvature import uniform_draws
 from .processes import all_reduce
+from .ranges import named
 from .state import IGNORE, Batch, StepReport
 
 if TYPE_CHECKING:
@@ -86,38 +87,46 @@ def train_step(
     """
     start = time.perf_counter()
     engine.model.train()
-    batches = [batch.to(engine.device) for batch in loader.micro_batches(step)]
+    with named("data"):
+        batches = [batch.to(engine.device) for batch in loader.micro_batches(step)]
     num_targets = loader.targets(step)
     lr = learning_rate(cfg.optim, step, total_steps)
 
     stats = None
     if refresh_is_due(cfg, step):
-        stats = refresh_curvature(cfg, engine, loader, batches, step)
+        with named("refresh"):
+            stats = refresh_curvature(cfg, engine, loader, batches, step)
 
     total = torch.zeros((), dtype=torch.float64)
     last = len(batches) - 1
     for m, batch in enumerate(batches):
-        logits, labels = target_logits(engine.model, batch)
-        loss = cross_entropy_sum(logits, labels, engine.world / num_targets)
-        total += loss.detach().double().cpu()
+        with named("forward"):
+            logits, labels = target_logits(engine.model, batch)
+            loss = cross_entropy_sum(logits, labels, engine.world / num_targets)
+            total += loss.detach().double().cpu()
         if m == last and penalty is not None and cfg.penalty.coupling == "gradient":
             # A term of the loss, so that its gradient is in place before ZeRO reduces: a partition has no FFT.
-            engine.gather()
-            loss = loss + penalty.as_loss(engine.rank, engine.world)
-        engine.backward(loss)
+            with named("penalty"):
+                engine.gather()
+                loss = loss + penalty.as_loss(engine.rank, engine.world)
+        with named("backward"):
+            engine.backward(loss)
 
     deltas = {}
     if penalty is not None and cfg.penalty.coupling == "decoupled":
-        engine.gather()
-        deltas = penalty.decoupled_deltas(lr)
-    update = engine.update(lr)
-    if deltas and not update.skipped:
-        engine.shift(deltas)
+        with named("penalty"):
+            engine.gather()
+            deltas = penalty.decoupled_deltas(lr)
+    with named("optimizer"):
+        update = engine.update(lr)
+        if deltas and not update.skipped:
+            engine.shift(deltas)
 
     shared = torch.cat(
         [total[None], penalty_sums(penalty, engine.rank), torch.tensor(flags, dtype=torch.float64)]
     )
-    loss_total, value, grad_square, stop, save = all_reduce(shared).tolist()
+    with named("all-reduce"):
+        loss_total, value, grad_square, stop, save = all_reduce(shared).tolist()
     report = StepReport(
         step=step + 1,
         loss=loss_total / engine.world,

@@ -49,6 +49,7 @@ def run(cfg: RunConfig) -> int:
     from flex.data.loader import StepLoader, load_data, validation_batches
     from flex.engine_zero import check_ds_config, read_ds_config
     from flex.model.base import load_tokenizer
+    from flex.ranges import check_profile
     from flex.run_folder import open_run
     from flex.session import Session
     from flex.trackers import require_installed
@@ -61,6 +62,7 @@ def run(cfg: RunConfig) -> int:
     data = load_data(cfg, tokenizer)
     pad = tokenizer.pad_token_id
     loader = StepLoader(data.train, cfg, rank, world, pad)
+    check_profile(cfg.profile, loader.total_steps)
     validation = validation_batches(data.validation, cfg, rank, world, pad)
     processes.share_cores()
     with open_run(cfg, rank, data.fingerprint()) as folder:

@@ -38,7 +38,7 @@ def named(name: str, bytes: int | Callable[[], int] | None = None) -> AbstractCo
 
 
 def ranged(
-    name: str, bytes: Callable[P, int] | None = None
+    name: str, bytes: Callable[..., int] | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """`named` as a decorator; `bytes` gets the function's arguments, and only if a profiler is on."""
 

@@ -11,16 +11,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from flex.config import LoraSection
 from flex.errors import ModelError
 from flex.kernels.lora_linear import lora_linear
+from flex.kernels.runtime import DTYPES
 
 log = logging.getLogger("flex.adapters")
 
 SEEDS = 2**63 - 1  # torch.randint's largest upper bound
 FALLBACKS: Counter[str] = Counter()  # forward calls that PEFT's own layer computed, by reason
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# In the module or class name of quantised linear layers: a word more in the reason, no decision.
+_QUANTISED = ("bitsandbytes", "4bit", "8bit", "quant", "gptq", "awq", "hqq", "eetq", "aqlm")
 
 
 class FlexLoraLinear(Linear):
@@ -29,12 +34,14 @@ class FlexLoraLinear(Linear):
     x (..., K) of the base weight's dtype -> y (..., N). What the kernel does not cover goes to
     PEFT's own forward: the reason is logged when it first appears and counted in `FALLBACKS`.
 
-    The sub-modules `base_layer`, `lora_A`, `lora_B` are read, not called, so forward hooks on them
-    do not fire.
+    The sub-modules `base_layer`, `lora_A`, `lora_B`, `lora_dropout` are read, not called; where one
+    of them has hooks, PEFT's own forward calls it. `flex_impl` is the kernel's `impl`.
     """
 
+    flex_impl = "auto"
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        reason = self._why_not_fused(x, args, kwargs)
+        reason = why_not_fused(self) or _why_not_this_call(self, x, args, kwargs)
         if reason is not None:
             if reason not in FALLBACKS:
                 log.warning(
@@ -48,35 +55,98 @@ class FlexLoraLinear(Linear):
         # From torch's CPU generator: activation checkpointing restores it, so the mask recurs.
         seed = int(torch.randint(SEEDS, (), device="cpu")) if p > 0 else None
         a, b = _factors(self, name)
-        return lora_linear(x, base.weight, base.bias, a, b, self.scaling[name], p, seed)
-
-    def _why_not_fused(
-        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> str | None:
-        if self.disable_adapters:
-            return "the adapters are disabled"
-        if self.merged:
-            return "the adapters are merged"
-        if args or any(value is not None for value in kwargs.values()):
-            return "the call has further arguments"
-        names = self.active_adapters
-        if len(names) != 1 or names[0] not in self.lora_A:
-            return "not exactly one adapter is active"
-        if names[0] in self.lora_variant:
-            return "the adapter is a LoRA variant (DoRA or the like)"
-        if self.lora_bias[names[0]]:
-            return "lora_B has a bias"
-        if type(self.base_layer) is not nn.Linear:
-            return f"the base layer is a {type(self.base_layer).__name__}"
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
-            return "the base layer is trainable"
-        if x.dtype != weight.dtype:
-            return f"the input is {x.dtype}, the base weight {weight.dtype}"
-        return None
+        scale = self.scaling[name]
+        return lora_linear(x, base.weight, base.bias, a, b, scale, p, seed, self.flex_impl)
 
 
-def add_adapters(model: PreTrainedModel, cfg: LoraSection, seed: int) -> PeftModel:
+def never_fused(layer: LoraLayer) -> str | None:
+    """Why the kernel can never compute `layer`, whatever state it gets into; None if it can."""
+    base = cast(nn.Module, layer).__dict__["_modules"]["base_layer"]
+    kind, base_kind = type(layer), type(base)
+    if kind is not Linear and kind is not FlexLoraLinear:
+        quantised = f"{base_kind.__module__} {base_kind.__name__}".lower()
+        note = ", quantised" if any(word in quantised for word in _QUANTISED) else ""
+        return f"it is PEFT's {kind.__name__} over a {base_kind.__name__}{note}"
+    if base_kind is not nn.Linear:
+        return f"the base layer is a {base_kind.__name__}"
+    weight = base.weight
+    # torchao, tensor parallelism
+    if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
+        return f"the base weight is a {type(weight).__name__}"
+    if weight.dtype not in DTYPES:
+        return f"the base weight is {weight.dtype}"
+    return None
+
+
+def why_not_fused(layer: LoraLayer) -> str | None:
+    """Why PEFT's own forward computes `layer` in its present state; None if the kernel does.
+
+    Asked at every call, so sub-modules are read from their dictionaries: 4 us, where it takes 10
+    with nn.Module's own attribute access (one core of a Zen 4).
+    """
+    if (reason := never_fused(layer)) is not None:
+        return reason
+    if layer.disable_adapters:
+        return "the adapters are disabled"
+    if layer.merged:
+        return "the adapters are merged"
+    names = layer.active_adapters
+    modules = cast(nn.Module, layer).__dict__["_modules"]
+    a = modules["lora_A"]._modules.get(names[0]) if len(names) == 1 else None
+    if a is None:
+        return "not exactly one adapter is active"
+    name = names[0]
+    if name in layer.lora_variant:
+        return "the adapter is a LoRA variant (DoRA or the like)"
+    if layer.lora_bias[name]:
+        return "lora_B has a bias"
+    base = modules["base_layer"]
+    weight, bias = base.weight, base.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "the base layer is trainable"
+    b, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+    if type(a) is not nn.Linear or type(b) is not nn.Linear:
+        return f"lora_A is a {type(a).__name__}, lora_B a {type(b).__name__}"
+    if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
+        return f"lora_dropout is a {type(dropout).__name__}"
+    if _does_more(base) or _does_more(a) or _does_more(b) or _does_more(dropout):
+        return "a sub-module has hooks or a forward of its own"
+    return None
+
+
+def _does_more(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class says, so that reading it is not enough."""
+    own = module.__dict__
+    if "forward" in own:  # accelerate's hooks
+        return True
+    for kind in _HOOKS:
+        # ZeRO-3 gathers what is read outside its module too
+        if own[kind] and not all(
+            getattr(hook, "__module__", "").startswith("deepspeed") for hook in own[kind].values()
+        ):
+            return True
+    return False
+
+
+def _why_not_this_call(
+    layer: FlexLoraLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    if args or any(value is not None for value in kwargs.values()):
+        return "the call has further arguments"
+    weight = cast(Tensor, layer.base_layer.weight)
+    if x.dtype != weight.dtype:
+        return f"the input is {x.dtype}, the base weight {weight.dtype}"
+    if torch.is_autocast_enabled(x.device.type):
+        wanted = torch.get_autocast_dtype(x.device.type)
+        # autocast leaves fp64 alone
+        if wanted != weight.dtype and weight.dtype != torch.float64:
+            return f"autocast computes in {wanted}, the base weight is {weight.dtype}"
+    return None
+
+
+def add_adapters(
+    model: PreTrainedModel, cfg: LoraSection, seed: int, impl: str = "auto"
+) -> PeftModel:
     """Freeze `model` and put a LoRA adapter, "default", on every linear layer in `cfg.targets`.
 
     Args:
@@ -84,6 +154,7 @@ def add_adapters(model: PreTrainedModel, cfg: LoraSection, seed: int) -> PeftMod
         cfg: rank, alpha, dropout, targets (the last part of a module's name, or more of its parts).
         seed: decides A (uniform within 1/sqrt(K), PEFT's default) and nothing else; B is zero.
             torch's generator is left as it was.
+        impl: which implementation of the kernel computes them: "auto", "torch" or "triton".
 
     Returns: a PeftModel; only its adapters, fp32, require a gradient.
 
@@ -102,6 +173,9 @@ def add_adapters(model: PreTrainedModel, cfg: LoraSection, seed: int) -> PeftMod
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         peft_model = get_peft_model(model, config)
+    for module in peft_model.modules():
+        if isinstance(module, FlexLoraLinear):
+            module.flex_impl = impl
     adapters = adapter_parameters(peft_model)
     for parameter in adapters.values():
         parameter.data = parameter.data.float()  # PEFT widens 16-bit adapters only

@@ -45,15 +45,24 @@ def build_optimizer(
     cfg: OptimConfig,
     parameters: Mapping[str, Tensor],
     curvature_offsets: Mapping[str, float] | None = None,
+    impl: str = "auto",
 ) -> torch.optim.Optimizer:
-    """The optimizer that `cfg.name` says, over the groups of `parameter_groups`."""
+    """The optimizer that `cfg.name` says, over the groups of `parameter_groups`.
+
+    `impl` ("auto", "torch", "triton") is Sophia's; the others have one implementation.
+    """
     groups = parameter_groups(parameters, curvature_offsets)
     assert cfg.lr is not None and cfg.betas is not None
     common: dict[str, Any] = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
     if cfg.name == "sophia":
         assert cfg.curvature.gamma is not None
         return Sophia(
-            groups, betas=cfg.betas, gamma=cfg.curvature.gamma, eps=cfg.curvature.eps, **common
+            groups,
+            betas=cfg.betas,
+            gamma=cfg.curvature.gamma,
+            eps=cfg.curvature.eps,
+            impl=impl,
+            **common,
         )
     if cfg.name == "adamw":
         return torch.optim.AdamW(groups, betas=cfg.betas, eps=cfg.eps, fused=True, **common)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CurvatureError
-from ..kernels.sophia_update import curvature_update, sophia_update
+from ..kernels.sophia_update import (
+    Scalars,
+    UpdateGroup,
+    add_estimates,
+    curvature_update,
+    sophia_update_groups,
+)
 
 
 class Sophia(torch.optim.Optimizer):
@@ -36,6 +42,7 @@ class Sophia(torch.optim.Optimizer):
         gamma: coordinates with |m| < gamma h are not clipped; choose it so that 10-50 % are not.
         eps: floor of gamma h.
         weight_decay: decoupled, outside the clip.
+        impl: "auto", "torch" or "triton", as of `flex.kernels.sophia_update`.
 
     State per parameter: `exp_avg` (m), `exp_avg_sq` (h, as ZeRO's universal checkpoints name it), and the ints
     `step` and `refreshes`. All tensors have the parameter's shape and dtype.
@@ -51,6 +58,7 @@ class Sophia(torch.optim.Optimizer):
         gamma: float = 0.05,
         eps: float = 1e-12,
         weight_decay: float = 0.0,
+        impl: str = "auto",
     ) -> None:
         for name, value, ok in (
             ("lr", lr, lr >= 0),
@@ -72,6 +80,7 @@ class Sophia(torch.optim.Optimizer):
             "curvature_offset": 0.0,
         }
         super().__init__(params, defaults)
+        self.impl = impl
         self.num_targets: int | None = None  # set: step() accumulates curvature
         self.clipped: Tensor | None = (
             None  # 0-dim int64 count of the last update, over this process's share
@@ -99,6 +108,7 @@ class Sophia(torch.optim.Optimizer):
         if self.num_targets is not None:
             self.accumulate_curvature(self.num_targets)
             return loss
+        groups = []
         for group in self.param_groups:
             by_age: dict[tuple[int, int], list[Tensor]] = {}
             for p in group["params"]:
@@ -112,24 +122,34 @@ class Sophia(torch.optim.Optimizer):
                         )
                     state["step"] += 1
                     by_age.setdefault((state["step"], state["refreshes"]), []).append(p)
-            beta1, beta2 = group["betas"][0], self.defaults["betas"][1]
-            for (step, refreshes), params in by_age.items():
-                clipped = sophia_update(
-                    params,
-                    [self.state[p]["exp_avg"] for p in params],
-                    [self.state[p]["exp_avg_sq"] for p in params],
-                    [p.grad for p in params],  # type: ignore[misc]
-                    lr=group["lr"],
-                    beta1=beta1,
-                    gamma=group["gamma"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    m_scale=1 / (1 - beta1**step),
-                    h_scale=1 / (1 - beta2**refreshes),
-                    h_offset=group["curvature_offset"],
-                )
-                self.clipped = clipped if self.clipped is None else self.clipped + clipped
+            groups += [self._update_group(group, *age, p) for age, p in by_age.items()]
+        if groups:
+            clipped = sophia_update_groups(groups, impl=self.impl)
+            self.clipped = clipped if self.clipped is None else self.clipped + clipped
         return loss
+
+    def _update_group(
+        self, group: dict[str, Any], step: int, refreshes: int, params: list[Tensor]
+    ) -> UpdateGroup:
+        """Parameters of one group and age, with their bias corrections."""
+        beta1, beta2 = group["betas"][0], self.defaults["betas"][1]
+        scalars = Scalars(
+            lr=group["lr"],
+            beta1=beta1,
+            gamma=group["gamma"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            m_scale=1 / (1 - beta1**step),
+            h_scale=1 / (1 - beta2**refreshes),
+            h_offset=group["curvature_offset"],
+        )
+        return UpdateGroup(
+            params,
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [p.grad for p in params],  # type: ignore[misc]
+            scalars,
+        )
 
     @torch.no_grad()
     def accumulate_curvature(self, num_targets: int) -> None:
@@ -139,28 +159,38 @@ class Sophia(torch.optim.Optimizer):
             raise ValueError(
                 f"num_targets is {num_targets}; it must be the number of loss tokens, >= 1"
             )
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.allocate(p)
-                    estimate = self._estimates.get(p)
-                    if estimate is None:
-                        self._estimates[p] = p.grad.square().mul_(num_targets)
-                    else:
-                        estimate.addcmul_(p.grad, p.grad, value=num_targets)
-                    self._micro_batches[p] = self._micro_batches.get(p, 0) + 1
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        fresh = [p for p in params if p not in self._estimates]
+        for p in fresh:
+            self._estimates[p] = torch.empty_like(self.allocate(p)["exp_avg_sq"])
+        added = [p for p in params if self._micro_batches.get(p)]
+        for chosen, first in ((fresh, True), (added, False)):
+            add_estimates(
+                [self._estimates[p] for p in chosen],
+                [p.grad for p in chosen],
+                num_targets,
+                first=first,
+                impl=self.impl,
+            )
+        for p in params:
+            self._micro_batches[p] = self._micro_batches.get(p, 0) + 1
 
     @torch.no_grad()
     def commit_curvature(self) -> None:
         """Fold the mean of the accumulated estimates into h."""
-        params = list(self._estimates)
-        curvature_update(
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [self._estimates[p].div_(self._micro_batches[p]) for p in params],
-            self.defaults["betas"][1],
-        )
-        for p in params:
-            self.state[p]["refreshes"] += 1
+        by_count: dict[int, list[Tensor]] = {}
+        for p, count in self._micro_batches.items():
+            by_count.setdefault(count, []).append(p)
+        for count, params in by_count.items():
+            curvature_update(
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [self._estimates[p] for p in params],
+                self.defaults["betas"][1],
+                scale=1 / count,
+                impl=self.impl,
+            )
+            for p in params:
+                self.state[p]["refreshes"] += 1
         self.discard_curvature()
 
     def discard_curvature(self) -> None:

@@ -66,7 +66,7 @@ def lora_linear_siblings(
 
 class _Siblings(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, options: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, options: Any, *tensors: Any) -> tuple[Tensor, ...]:
         from .forward import forward_gemm
         from .siblings import down_siblings
 

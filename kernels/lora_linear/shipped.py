@@ -67,7 +67,8 @@ def _down(dtype: torch.dtype, block_r: int) -> list[Shipped]:
                 "BLOCK_R": block_r,
                 **blocks,
             },
-            **launch,
+            num_warps=launch["num_warps"],
+            num_stages=launch["num_stages"],
             divisible=("inputs", "stride_xm", "stride_ar"),
             mma=dtype != torch.float32,
             targets=_targets(block_r),
@@ -79,8 +80,8 @@ def _down(dtype: torch.dtype, block_r: int) -> list[Shipped]:
 def _gemms(dtype: torch.dtype, block_r: int) -> list[Shipped]:
     pointer = TYPES[dtype]
     blocks, launch = forward.gemm_config(dtype, block_r)
-    names = ("x_ptr", "w_ptr", "bias_ptr", "s_ptr", "b_ptr", "y_ptr")
-    integers = ("rows", "inputs", "outputs", "rank", "stride_xm", "stride_wn")
+    names: tuple[str, ...] = ("x_ptr", "w_ptr", "bias_ptr", "s_ptr", "b_ptr", "y_ptr")
+    integers: tuple[str, ...] = ("rows", "inputs", "outputs", "rank", "stride_xm", "stride_wn")
     found = [
         Shipped(
             _name("forward_gemm", dtype, block_r),
@@ -93,7 +94,8 @@ def _gemms(dtype: torch.dtype, block_r: int) -> list[Shipped]:
                 "BLOCK_R": block_r,
                 **blocks,
             },
-            **launch,
+            num_warps=launch["num_warps"],
+            num_stages=launch["num_stages"],
             divisible=("inputs", "outputs", "stride_xm", "stride_wn"),
             mma=dtype != torch.float32,
             wide_loads=dtype != torch.float32,
@@ -120,7 +122,8 @@ def _gemms(dtype: torch.dtype, block_r: int) -> list[Shipped]:
                     "BLOCK_R": block_r,
                     **blocks,
                 },
-                **launch,
+                num_warps=launch["num_warps"],
+                num_stages=launch["num_stages"],
                 divisible=("inputs", "outputs", "stride_dm", "stride_wn", "stride_ar"),
                 mma=dtype != torch.float32,
                 wide_loads=with_gemm and dtype != torch.float32,  # else it streams out, not in
@@ -140,7 +143,8 @@ def _partials(dtype: torch.dtype, block_r: int) -> list[Shipped]:
         | dict.fromkeys(("ds_ptr", "db_ptr"), "*fp32")
         | dict.fromkeys(("rows", "outputs", "rank", "stride_dm"), "i32"),
         {"NEED_DS": True, "NEED_DB": True, "PRECISION": precision(dtype)} | blocks,
-        **launch,
+        num_warps=launch["num_warps"],
+        num_stages=launch["num_stages"],
         divisible=("outputs", "stride_dm"),
         mma=dtype != torch.float32,
         targets=_targets(block_r),
@@ -152,7 +156,8 @@ def _partials(dtype: torch.dtype, block_r: int) -> list[Shipped]:
         {"x_ptr": pointer, "ds_ptr": pointer, "da_ptr": "*fp32", "seed": "i64"}
         | dict.fromkeys(("dropped", "rows", "inputs", "rank", "stride_xm"), "i32"),
         {"HAS_DROPOUT": True, "PRECISION": precision(dtype)} | blocks,
-        **launch,
+        num_warps=launch["num_warps"],
+        num_stages=launch["num_stages"],
         divisible=("inputs", "stride_xm"),
         mma=dtype != torch.float32,
         targets=_targets(block_r),
@@ -179,7 +184,8 @@ def _siblings(dtype: torch.dtype, block_r: int) -> list[Shipped]:
                 getattr(siblings, f"{kernel}_siblings_kernel"),
                 {"x_ptr": pointer, **third, out: out_type, "seeds_ptr": "*i64", **integers},
                 {**constants, **blocks},
-                **launch,
+                num_warps=launch["num_warps"],
+                num_stages=launch["num_stages"],
                 divisible=("inputs", "stride_xm"),
                 mma=dtype != torch.float32,
             )

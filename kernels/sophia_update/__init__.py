@@ -1,5 +1,21 @@
-"""Sophia's clipped update and the moving average of its curvature. See kernels/README.md."""
+"""Sophia's clipped update, its curvature's average and the clip factor. See kernels/README.md."""
 
-from .api import curvature_update, sophia_update
+from .api import (
+    UpdateGroup,
+    add_estimates,
+    curvature_update,
+    gradient_norm,
+    sophia_update,
+    sophia_update_groups,
+)
+from .scalars import Scalars
 
-__all__ = ["curvature_update", "sophia_update"]
+__all__ = [
+    "Scalars",
+    "UpdateGroup",
+    "add_estimates",
+    "curvature_update",
+    "gradient_norm",
+    "sophia_update",
+    "sophia_update_groups",
+]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ..runtime import TRITON_DTYPES, choose_impl, require
 from .reference import ROLES, Spectrum
 from .transform import apply_operator, line_table, plane_table, product_gradients
 
-IMPLEMENTATIONS = ("auto", "torch", "triton")
-log = logging.getLogger("flex.kernels")
+KERNEL = "spectral_penalty"
 
 
 def spectral_penalty(
@@ -29,19 +28,26 @@ def spectral_penalty(
         role: which axis is the feature axis (`axis` and `fft2`): the last of an A, the first of a
             B.
         weight: lambda; multiplies values and gradients.
-        impl: "auto" | "torch" ("triton" does not exist yet).
+        impl: "auto" | "torch" | "triton" (`axis` only, 16- or 32-bit, and lengths that factor:
+            tables.plan). Here "auto" is torch; `spectral_penalty_into` is the fast form.
 
     Returns:
         values (M,), = <w, gradient> / 2, and the contiguous gradient in the shape of `weights`;
         both float32, or float64 when the input is. Computed outside autocast and without a graph.
 
     Raises:
-        ValueError: a wrong role, shape, dtype or impl. NotImplementedError: impl="triton".
+        ValueError: a wrong role, shape, dtype or impl, or a length that the kernel cannot take.
+        NotImplementedError: impl="triton" with another transform than `axis`.
     """
-    _check_impl(impl)
     _check_batch("weights", weights)
     if role not in ROLES:
         raise ValueError(f"role={role!r}; allowed: {', '.join(ROLES)}")
+    if impl != "auto" and choose_impl(KERNEL, impl, weights.device) == "triton":
+        _check_triton([weights], spectrum)
+        w = weights.detach()
+        grad = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
+        return _into_triton(list(w), list(grad), spectrum, [role] * len(w), weight, None), grad
+    require(impl in ("auto", "torch"), "impl", impl, "one of auto, torch, triton")
     turned = role == "B" and spectrum.transform != "flat"
     with torch.no_grad(), torch.autocast(weights.device.type, enabled=False):
         w = _computable(weights)
@@ -49,6 +55,136 @@ def spectral_penalty(
         grad = apply_operator(w, spectrum, 2.0 * weight)
         values = (w * grad).sum((-2, -1)).mul_(0.5)
         return values, grad.mT.contiguous() if turned else grad
+
+
+def spectral_penalty_into(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    spectrum: Spectrum,
+    roles: Sequence[str],
+    weight: float,
+    starts: Sequence[Tensor | None] | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Add weight * grad P(w - w0) into gradients in place, for matrices of any mix of shapes.
+
+    The Triton path is one launch per length of the feature axis (and per mix of dtypes) and one for
+    the values: 12 bytes per fp32 element, no copy of a matrix.
+
+    Args:
+        params: M matrices, (r, K) for role "A", (N, r) for "B"; any strides.
+        grads: of the same shapes; changed.
+        spectrum, weight: as in `spectral_penalty`.
+        roles: "A" or "B" of each.
+        starts: w0 of each, or None for 0.
+        impl: "auto" | "torch" | "triton". "auto" is Triton on a GPU for `axis` and torch for the
+            rest: other transforms, fp64, lengths that do not factor (or that a hard edge makes too
+            long for the kernel's full precision).
+
+    Returns:
+        values (M,) of weight * P; float32, or float64 when a matrix is.
+
+    Raises:
+        ValueError: lists or shapes that do not match, a wrong role or impl; for impl="triton" also
+            a dtype or a length that the kernel cannot take.
+        NotImplementedError: impl="triton" with another transform than `axis`.
+    """
+    require(len(params) > 0, "the number of matrices", len(params), "at least 1")
+    starts = [None] * len(params) if starts is None else starts
+    for name, found in (("grads", grads), ("roles", roles), ("starts", starts)):
+        require(len(found) == len(params), f"len({name})", len(found), f"{len(params)}")
+    for w, g, role, w0 in zip(params, grads, roles, starts, strict=True):
+        require(role in ROLES, "role", repr(role), " or ".join(ROLES))
+        require(w.ndim == 2 and w.numel() > 0, "a matrix's shape", tuple(w.shape), "two axes > 0")
+        for t in (g, w if w0 is None else w0):
+            require(t.shape == w.shape, "a shape", tuple(t.shape), f"{tuple(w.shape)}, as its w")
+    chosen = choose_impl(KERNEL, impl, params[0].device)
+    fits = [chosen == "triton"] * len(params)
+    if impl == "triton":
+        _check_triton([*params, *grads, *(s for s in starts if s is not None)], spectrum)
+    elif chosen == "triton":
+        fits = [_fits(*m, spectrum) for m in zip(params, grads, roles, starts, strict=True)]
+    wide = any(w.dtype == torch.float64 for w in params)
+    values = torch.empty(
+        len(params), dtype=torch.float64 if wide else torch.float32, device=params[0].device
+    )
+    with torch.no_grad(), torch.autocast(params[0].device.type, enabled=False):
+        for runner, on_kernel in ((_into_triton, True), (_into_torch, False)):
+            index = [i for i, fit in enumerate(fits) if fit == on_kernel]
+            if index:
+                lists = [[found[i] for i in index] for found in (params, grads, roles, starts)]
+                part = runner(lists[0], lists[1], spectrum, lists[2], weight, lists[3])
+                values[index] = part.to(values.dtype)
+    return values
+
+
+def _into_torch(params, grads, spectrum, roles, weight, starts):  # type: ignore[no-untyped-def]
+    """By the batched function: matrices of one shape and role are stacked."""
+    groups: dict[tuple, list[int]] = {}
+    for i, (w, role) in enumerate(zip(params, roles, strict=True)):
+        groups.setdefault((role, w.shape, w.dtype), []).append(i)
+    values: list[Tensor] = [params[0]] * len(params)
+    for (role, *_), index in groups.items():
+        stack = torch.stack([_computable(params[i].detach()) for i in index])
+        for row, i in zip(stack, index, strict=True):
+            if starts[i] is not None:
+                row -= starts[i]
+        found, grad = spectral_penalty(stack, spectrum, role=role, weight=weight, impl="torch")
+        for k, i in enumerate(index):
+            grads[i].copy_(grads[i].to(grad.dtype) + grad[k])
+            values[i] = found[k]
+    wide = any(w.dtype == torch.float64 for w in params)
+    return torch.stack([v.double() if wide else v for v in values])
+
+
+def _into_triton(params, grads, spectrum, roles, weight, starts):  # type: ignore[no-untyped-def]
+    """One launch per length and mix of dtypes, and one for the values."""
+    from .kernel import Vectors, penalty_launch, programs, sum_launch
+    from .tables import plan, precision_of, tables
+
+    starts = [None] * len(params) if starts is None else starts
+    groups: dict[tuple, list[int]] = {}
+    matrices = [Vectors(*m) for m in zip(params, grads, starts, roles, strict=True)]
+    for i, m in enumerate(matrices):
+        key = (m.length, m.w.dtype, m.g.dtype, None if m.w0 is None else m.w0.dtype)
+        groups.setdefault(key, []).append(i)
+    plans = {key: plan(key[0], precision_of(spectrum)) for key in groups}  # refuses before any work
+    counts = [programs(plans[key], matrices[i]) for key, index in groups.items() for i in index]
+    device = params[0].device
+    partials = torch.empty(sum(counts), dtype=torch.float32, device=device)
+    first = 0
+    for key, index in groups.items():
+        chosen = [matrices[i] for i in index]
+        size = sum(programs(plans[key], m) for m in chosen)
+        found = tables(plans[key], spectrum, device)
+        penalty_launch(chosen, plans[key], found, weight, partials[first : first + size])
+        first += size
+    order = [i for index in groups.values() for i in index]
+    return sum_launch(partials, counts, order)
+
+
+def _fits(w: Tensor, g: Tensor, role: str, w0: Tensor | None, spectrum: Spectrum) -> bool:
+    """Whether "auto" gives a matrix to the kernel."""
+    from .tables import plan, precision_of
+
+    dtypes = {t.dtype for t in (w, g, w0) if t is not None}
+    if spectrum.transform != "axis" or not dtypes <= set(TRITON_DTYPES):
+        return False
+    try:
+        plan(w.shape[1] if role == "A" else w.shape[0], precision_of(spectrum))
+    except ValueError:
+        return False
+    return True
+
+
+def _check_triton(tensors: Sequence[Tensor], spectrum: Spectrum) -> None:
+    if spectrum.transform != "axis":
+        raise NotImplementedError(
+            f"spectral_penalty: transform={spectrum.transform} has no Triton implementation, only "
+            "axis has; use impl='auto' or impl='torch', or transform='axis'"
+        )
+    for t in tensors:
+        require(t.dtype in TRITON_DTYPES, "a dtype", t.dtype, "a 16- or 32-bit float for Triton")
 
 
 def spectral_penalty_delta(
@@ -78,7 +214,11 @@ def spectral_penalty_delta(
         ValueError: shapes that do not multiply, or only one of a0, b0. NotImplementedError:
             impl="triton".
     """
-    _check_impl(impl)
+    if impl == "triton":
+        raise NotImplementedError(
+            "spectral_penalty_delta has no Triton implementation; use impl='torch' or 'auto'"
+        )
+    require(impl in ("auto", "torch"), "impl", impl, "one of auto, torch, triton")
     _check_batch("a", a)
     _check_batch("b", b)
     if a.shape[0] != b.shape[0] or a.shape[1] != b.shape[2]:
@@ -148,19 +288,3 @@ def _check_batch(name: str, w: Tensor) -> None:
             f"{name}: shape {tuple(w.shape)}, {w.dtype}; "
             "allowed: (M, rows, columns), floating, not empty"
         )
-
-
-def _check_impl(impl: str) -> None:
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r}; allowed: {', '.join(IMPLEMENTATIONS)}")
-    if impl == "triton":
-        raise NotImplementedError(
-            "spectral_penalty has no Triton kernel yet; use impl='torch' or 'auto'"
-        )
-    if impl == "auto":
-        _announce()
-
-
-@lru_cache(maxsize=1)
-def _announce() -> None:
-    log.info("spectral_penalty: torch.fft (the only implementation so far)")

@@ -1,8 +1,9 @@
 """The spectral penalty kernel against finite differences, numpy and Parseval."""
 
-import importlib
+import importlib.util
 import itertools
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -325,7 +326,7 @@ def test_bad_spectrum_is_refused(options, named):
 def test_bad_arguments_are_refused():
     w = randn(1, 2, 3)
     for arguments in ({"role": "C"}, {"impl": "cuda"}):
-        with pytest.raises(ValueError, match="allowed"):
+        with pytest.raises(ValueError, match="allowed|must be"):
             spectral_penalty(w, Spectrum(), **arguments)
     for bad in (w[0], w[:0], w.long()):
         with pytest.raises(ValueError, match="weights"):
@@ -334,7 +335,7 @@ def test_bad_arguments_are_refused():
         spectral_penalty_delta(w, w.mT, Spectrum(), a0=w)
     with pytest.raises(ValueError, match="a \\(1, 2, 3\\)"):
         spectral_penalty_delta(w, w, Spectrum())
-    with pytest.raises(NotImplementedError, match="no Triton kernel yet"):
+    with pytest.raises(NotImplementedError, match="flat has no Triton implementation"):
         spectral_penalty(w, Spectrum(), impl="triton")
 
 
@@ -410,17 +411,22 @@ def load_copy(folder, name, edit=None):
         source = (folder / name / file).read_text()
         assert source.count(old) >= 1, f"the seeded bug no longer applies: {old}"
         (folder / name / file).write_text(source.replace(old, new))
-    return importlib.import_module(name)
+    # under its parent's name, for the relative imports of what kernels share
+    name = f"flex.kernels.{name}"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / name.rpartition(".")[2] / "__init__.py"
+    )
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_battery_passes_without_a_bug(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_the_battery_passes_without_a_bug(tmp_path):
     battery(load_copy(tmp_path, "spectral_copy"))
 
 
 @pytest.mark.parametrize("bug", range(len(SEEDED_BUGS)))
-def test_seeded_bug_is_caught(bug, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_seeded_bug_is_caught(bug, tmp_path):
     kernel = load_copy(tmp_path, f"spectral_bug_{bug}", SEEDED_BUGS[bug])
     with pytest.raises((AssertionError, RuntimeError)):
         battery(kernel)
