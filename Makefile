@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 READY := $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench kernels-report clean
 
 demo: $(READY)  ## fine-tune a real model on the built-in tasks, two processes
 	$(PY) -m flex demo
@@ -22,6 +22,9 @@ check: $(VENV)/.checkers  ## format, lint, types, import rules
 
 bench: $(READY)  ## the benchmarks; see benchmarks/
 	$(PY) -m pytest benchmarks $(ARGS)
+
+kernels-report: $(READY)  ## registers, spills, shared memory of every kernel on every target; ARGS=--update records them
+	$(PY) -m flex.kernel_report $(ARGS)
 
 clean:  ## remove what the build and the tests leave; runs/ and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

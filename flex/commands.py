@@ -103,6 +103,22 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, metavar="DIR", help="new folder, safetensors")
     merge.add_argument("--base", metavar="ID", help="base model, in place of the adapter's own")
 
+    compare = add(commands, "compare", _compare, "compare result files on the same tasks")
+    compare.add_argument("files", nargs="*", metavar="FILE", help="each is compared with the first")
+    compare.add_argument(
+        "--group",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "FILE"),
+        help="a method's training runs; give it twice or more",
+    )
+    compare.add_argument(
+        "--pair", nargs=2, action="append", default=[], metavar=("A", "B"), help="for a table"
+    )
+    compare.add_argument("--k", type=int, default=1, metavar="N", help="of pass@k (1)")
+    compare.add_argument("--json", metavar="FILE", help="also write everything there")
+
     data = group("data", "look at the training data")
     show = add(data, "show", _data_show, "print examples: which tokens bear loss")
     show.add_argument("--n", type=int, default=3, metavar="N", help="examples (3)")
@@ -113,7 +129,12 @@ def _parser() -> argparse.ArgumentParser:
         add(config, "show", _config_show, "print every option: value, origin, meaning"),
         required=False,
     )
-    add(commands, "doctor", _doctor, "report versions, devices, threads and compilers")
+    doctor = add(commands, "doctor", _doctor, "report versions, devices, threads and compilers")
+    doctor.add_argument(
+        "--kernels",
+        action="store_true",
+        help="what the compiler made of the Triton kernels, for GPUs that need not be here",
+    )
     return parser
 
 
@@ -171,7 +192,17 @@ def _yaml(option: Resolved) -> str:
     return str(option.value)
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from flex.evals.tables import compare_command
+
+    return compare_command(args.files, args.group, args.pair, args.json, args.k)
+
+
 def _doctor(args: argparse.Namespace) -> int:
+    if args.kernels:
+        from flex.kernel_report import main as report_kernels
+
+        return report_kernels([])
     from flex.doctor import report
 
     for label, value in report():

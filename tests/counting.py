@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 
 @dataclass
 class Traffic:
@@ -40,26 +42,41 @@ def count_traffic() -> Iterator[Traffic]:
     """Count every interpreted launch inside the block. A GPU launch is not seen.
 
     All kinds of loads (pointers, block pointers, descriptors) end in the interpreter's masked load,
-    and all stores in its masked store, so those two are counted. A lane that is masked off moves
-    nothing. Caches are not modelled: an element loaded twice counts twice.
+    and all stores in its masked store, so those two are counted; an atomic reads and writes. A lane
+    that is masked off moves nothing. Caches are not modelled: an element loaded twice counts twice.
     """
     from triton.runtime import interpreter
 
     builder: Any = interpreter.InterpreterBuilder
     executor: Any = interpreter.GridExecutor
     load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
     traffic = Traffic()
 
-    def size(pointers: Any) -> int:
-        return pointers.get_element_ty().primitive_bitwidth // 8
+    def add(counter: Counter[str], pointers: Any, lanes: Any) -> None:
+        width = pointers.get_element_ty().primitive_bitwidth // 8
+        # a block pointer's mask is a bare array
+        lanes = lanes if isinstance(lanes, np.ndarray) else lanes.data
+        counter[traffic.kernel] += int(np.count_nonzero(lanes)) * width
 
     def counted_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-        traffic.loads[traffic.kernel] += int(mask.data.sum()) * size(ptrs)
+        add(traffic.loads, ptrs, mask)
         return load(self, ptrs, mask, *rest, **options)
 
     def counted_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        traffic.stores[traffic.kernel] += int(mask.data.sum()) * size(ptrs)
+        add(traffic.stores, ptrs, mask)
         return store(self, ptrs, value, mask, *rest)
+
+    def counted_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
+        add(traffic.loads, ptr, mask)
+        add(traffic.stores, ptr, mask)
+        return rmw(self, op, ptr, val, mask, *rest)
+
+    def counted_cas(self: Any, ptr: Any, *rest: Any) -> Any:
+        everywhere = np.ones_like(ptr.data, dtype=bool)
+        add(traffic.loads, ptr, everywhere)
+        add(traffic.stores, ptr, everywhere)
+        return cas(self, ptr, *rest)
 
     def counted_call(self: Any, *args: Any, **options: Any) -> Any:
         traffic.kernel = self.fn.__name__
@@ -69,6 +86,8 @@ def count_traffic() -> Iterator[Traffic]:
     with (
         mock.patch.object(builder, "create_masked_load", counted_load),
         mock.patch.object(builder, "create_masked_store", counted_store),
+        mock.patch.object(builder, "create_atomic_rmw", counted_rmw),
+        mock.patch.object(builder, "create_atomic_cas", counted_cas),
         mock.patch.object(executor, "__call__", counted_call),
     ):
         yield traffic

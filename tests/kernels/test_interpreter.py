@@ -1,4 +1,4 @@
-"""bf16 in Triton's interpreter, after the shim: as torch computes it. And the counter of bytes."""
+"""bf16 in Triton's interpreter, after the shim: as torch computes it."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,6 @@ import triton.language as tl
 
 from flex.kernels.interpreter import to_bfloat16
 from flex.kernels.runtime import interpreting
-from tests.counting import count_traffic
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
 
@@ -60,15 +59,3 @@ def test_conversions_are_torchs(source, target):
     y = torch.full((64,), torch.nan, dtype=target)
     convert[(1,)](x, y, 64, N=64)
     assert torch.equal(y, x.to(target))
-
-
-def test_traffic_counts_the_lanes_under_the_mask():
-    x, y = torch.ones(50, dtype=torch.bfloat16), torch.empty(50)
-    with count_traffic() as traffic:
-        convert[(1,)](x, y, 37, N=64)
-        convert[(1,)](x, y, 50, N=64)
-    assert traffic.launches == {"convert": 2}
-    assert traffic.by_kernel == {"convert": (2 * (37 + 50), 4 * (37 + 50))}
-    assert (traffic.loaded, traffic.stored) == (174, 348)
-    convert[(1,)](x, y, 50, N=64)  # outside: not counted
-    assert traffic.loaded == 174

@@ -1,0 +1,1 @@
+"""Evaluation: results of runs of programs, their statistics and comparison."""
