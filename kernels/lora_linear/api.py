@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,9 +111,7 @@ def resolve(
         return "skinny"
     from .routes import fastest
 
-    with torch.no_grad(), without_autocast(x.device.type):
-        x_mk = x.detach().reshape(-1, x.shape[-1])
-        return fastest(x_mk, weight, lora_a, lora_b, scale, dropout_p, seed)
+    return fastest(x, weight, lora_a, lora_b, scale, dropout_p, seed)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -131,9 +131,8 @@ class _LoraLinear(torch.autograd.Function):
         scale = scale / (1 - dropout_p)
         x_mk = x.reshape(-1, x.shape[-1])
         with without_autocast(x.device.type), named("lora_linear/forward"):
-            y_mn, s_mr = path(route).forward(
-                x_mk, weight, bias, lora_a, lora_b, scale, dropout_p, seed, **options(route)
-            )
+            forward, _ = path(route)
+            y_mn, s_mr = forward(x_mk, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
         need_a, need_b = ctx.needs_input_grad[3:5]
         ctx.save_for_backward(
             x if need_a else None, s_mr if need_b else None, weight, lora_a, lora_b
@@ -150,7 +149,8 @@ class _LoraLinear(torch.autograd.Function):
         dy_mn = dy.reshape(-1, dy.shape[-1])
         x_mk = None if x is None else x.reshape(-1, x.shape[-1])
         with without_autocast(dy.device.type), named("lora_linear/backward"):
-            dx, da, db = path(ctx.route).backward(
+            _, backward = path(ctx.route)
+            dx, da, db = backward(
                 dy_mn,
                 x_mk,
                 s_mr,
@@ -161,24 +161,18 @@ class _LoraLinear(torch.autograd.Function):
                 ctx.dropout_p,
                 ctx.seed,
                 (need_x, need_a, need_b),
-                **options(ctx.route),
             )
             dx = None if dx is None else dx.view(ctx.x_shape)
         return dx, None, None, da, db, None, None, None, None
 
 
-def path(route: str) -> Any:
-    """The module that computes; Triton's is imported only where it is used."""
+def path(route: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The forward and the backward that compute; Triton's are imported only where they are used."""
     if route == "torch":
-        return torch_path
+        return torch_path.forward, torch_path.backward
     from . import triton_path
 
-    return triton_path
-
-
-def options(route: str) -> dict[str, str]:
-    """What `path(route)`'s functions take beside the common arguments."""
-    return {} if route == "torch" else {"route": route}
+    return partial(triton_path.forward, route=route), partial(triton_path.backward, route=route)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

@@ -48,13 +48,12 @@ def lora_linear_siblings(
     ranks = [a.shape[0] for a in lora_as]
     require(len(set(ranks)) == 1, "ranks", ranks, "equal")
     each = [None] * count if seeds is None else list(seeds)
-    projections = zip(weights, biases, lora_as, lora_bs, scales, each, strict=True)
+    projections = list(zip(weights, biases, lora_as, lora_bs, scales, each, strict=True))
     for weight, bias, a, b, scale, seed in projections:
         check(x, weight, bias, a, b, scale, dropout_p, seed)
     first = (x, weights[0], lora_as[0], lora_bs[0], scales[0], dropout_p, each[0])
     route = resolve(impl, route, *first)
     if route == "torch":
-        projections = zip(weights, biases, lora_as, lora_bs, scales, each, strict=True)
         return tuple(
             lora_linear(x, weight, bias, a, b, scale, dropout_p, seed, impl="torch")
             for weight, bias, a, b, scale, seed in projections
@@ -67,8 +66,8 @@ def lora_linear_siblings(
 class _Siblings(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, options: Any, *tensors: Any) -> tuple[Tensor, ...]:
-        from .forward import forward_gemm
         from .siblings import down_siblings
+        from .triton_path import output
 
         ctx.options = scales, dropout_p, seeds, route = options
         count = ctx.count = len(scales)
@@ -79,12 +78,7 @@ class _Siblings(torch.autograd.Function):
             s = down_siblings(x_mk, lora_as, dropout_p, seeds)
             for i in range(count):
                 b = scaled(lora_bs[i], scales[i] / (1 - dropout_p), x.dtype)
-                if route == "fused":
-                    y = forward_gemm(x_mk, weights[i], biases[i], s[i], b)
-                else:
-                    bias = biases[i]
-                    y = s[i] @ b.t() if bias is None else torch.addmm(bias, s[i], b.t())
-                    y.addmm_(x_mk, weights[i].t())
+                y = output(x_mk, weights[i], biases[i], s[i], b, route)
                 outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
         ctx.save_for_backward(x, s, *weights, *lora_as, *lora_bs)
         return tuple(outputs)
@@ -92,8 +86,9 @@ class _Siblings(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        from .backward import grad_s_and_b, grad_x
+        from .backward import grad_s_and_b
         from .siblings import grad_a_siblings
+        from .triton_path import grad_input
 
         x, s, *tensors = ctx.saved_tensors
         scales, dropout_p, seeds, route = ctx.options
@@ -112,11 +107,9 @@ class _Siblings(torch.autograd.Function):
                 all_ds.append(ds)
                 dbs.append(db)
                 if ctx.needs_input_grad[0]:
-                    a = lora_as[i].to(x.dtype)
-                    fused = route == "fused"
-                    dx = grad_x(dy, weights[i], ds, a, dropout_p, seeds[i], fused, add_to=dx)
-                    if not fused:
-                        dx.addmm_(dy, weights[i])
+                    dx = grad_input(
+                        dy, weights[i], ds, lora_as[i], dropout_p, seeds[i], route, add_to=dx
+                    )
             das = grad_a_siblings(x_mk, torch.stack(all_ds), dropout_p, seeds, lora_as[0].dtype)
         frozen = [None] * (2 * count)
         return None if dx is None else dx.view(x.shape), None, *frozen, *das.unbind(), *dbs

@@ -31,7 +31,8 @@ def lora_forward(
     known = None if seed < 0 else seed
     route = api.resolve(impl, route, x, weight, lora_a, lora_b, scale, dropout_p, known)
     with torch.no_grad():
-        y, s = api.path(route).forward(
+        forward, _ = api.path(route)
+        y, s = forward(
             x.reshape(-1, x.shape[-1]),
             weight,
             bias,
@@ -40,7 +41,6 @@ def lora_forward(
             scale / (1 - dropout_p),
             dropout_p,
             known,
-            **api.options(route),
         )
     return y.view(*x.shape[:-1], weight.shape[0]), s
 
@@ -80,7 +80,8 @@ def lora_backward(
     known = None if seed < 0 else seed
     route = api.resolve(impl, route, x, weight, lora_a, lora_b, scale, dropout_p, known)
     with torch.no_grad():
-        dx, da, db = api.path(route).backward(
+        _, backward = api.path(route)
+        dx, da, db = backward(
             dy.reshape(-1, dy.shape[-1]),
             x.reshape(-1, x.shape[-1]),
             s,
@@ -91,7 +92,6 @@ def lora_backward(
             dropout_p,
             known,
             (need_x, need_a, need_b),
-            **api.options(route),
         )
     none = dy.new_empty(0)
     return (

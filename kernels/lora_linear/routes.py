@@ -33,7 +33,7 @@ def fastest(
     seed: int | None,
     clock: Callable[[Callable[[], object]], float] | None = None,
 ) -> str:
-    """The fastest of CANDIDATES for one forward and one dX of these operands (x is (M, K)).
+    """The fastest of CANDIDATES for one forward and backward of these operands; x is (..., K).
 
     Measured once per device, dtype, K, N, r and power of two of M, and kept in `cache_file()`; a
     file that cannot be read or written costs a measurement and a warning, not the run.
@@ -42,24 +42,23 @@ def fastest(
     if key not in _known:
         _load()
     if key not in _known:
-        _known[key] = {
-            route: (clock or _milliseconds)(
-                functools.partial(_once, route, x, weight, lora_a, lora_b, scale, dropout_p, seed)
-            )
-            for route in CANDIDATES
-        }
-        best = min(_known[key], key=lambda route: _known[key][route])
-        log.info("lora_linear route for %s: %s (%s)", key, best, _figures(_known[key]))
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            _known[key] = {
+                route: (clock or _milliseconds)(
+                    functools.partial(
+                        _once, route, x, weight, lora_a, lora_b, scale, dropout_p, seed
+                    )
+                )
+                for route in CANDIDATES
+            }
+        log.info("lora_linear route for %s: %s", key, _verdict(_known[key]))
         _save()
-    return min(_known[key], key=lambda route: _known[key][route])
+    return _best(_known[key])
 
 
 def table() -> str:
     """One line per shape measured so far: the key, the route taken, milliseconds of each."""
-    lines = [
-        f"{key}: {min(times, key=lambda route: times[route])} ({_figures(times)})"
-        for key, times in sorted(_known.items())
-    ]
+    lines = [f"{key}: {_verdict(times)}" for key, times in sorted(_known.items())]
     return "\n".join(lines) or "no route has been measured"
 
 
@@ -71,7 +70,8 @@ def cache_file() -> Path:
 
 def _key(x: Tensor, weight: Tensor, rank: int, dropout: bool) -> str:
     device = torch.cuda.get_device_name(x.device) if x.is_cuda else x.device.type
-    bucket = 1 << max(0, x.shape[0] - 1).bit_length()
+    rows = x.shape[:-1].numel()
+    bucket = 1 << max(0, rows - 1).bit_length()
     outputs, inputs = weight.shape
     kind = str(x.dtype).removeprefix("torch.")
     return f"{device} {kind} M{bucket} K{inputs} N{outputs} r{rank}{' dropout' if dropout else ''}"
@@ -89,7 +89,8 @@ def _once(
 ) -> None:
     from . import triton_path
 
-    factors = (lora_a.detach(), lora_b.detach(), scale, dropout_p, seed)
+    x = x.reshape(-1, x.shape[-1])
+    factors = (lora_a, lora_b, scale, dropout_p, seed)
     y, s = triton_path.forward(x, weight, None, *factors, route=route)
     triton_path.backward(y, x, s, weight, *factors, (True, True, True), route=route)
 
@@ -107,8 +108,13 @@ def _milliseconds(call: Callable[[], object]) -> float:
     return sorted(times)[REPEATS // 2]
 
 
-def _figures(times: dict[str, float]) -> str:
-    return ", ".join(f"{route} {ms:.3f} ms" for route, ms in times.items())
+def _best(times: dict[str, float]) -> str:
+    return min(times, key=lambda route: times[route])
+
+
+def _verdict(times: dict[str, float]) -> str:
+    figures = ", ".join(f"{route} {ms:.3f} ms" for route, ms in times.items())
+    return f"{_best(times)} ({figures})"
 
 
 def _load() -> None:

@@ -29,9 +29,16 @@ def forward(
         assert seed is not None
         kept_mk = apply_mask(x, keep_mask(seed, x.shape[0], x.shape[1], dropout_p, x.device))
     s_mr = kept_mk @ lora_a.to(x.dtype).t()
-    b_rn = scaled(lora_b, scale, x.dtype).t()
+    return output(x, weight, bias, s_mr, scaled(lora_b, scale, x.dtype)), s_mr
+
+
+def output(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s_mr: Tensor, scaled_b: Tensor
+) -> Tensor:
+    """S (sB)^T + bias + x W^T: x (M, K), s_mr (M, r), scaled_b = s B (N, r) of x's dtype -> (M, N)."""
+    b_rn = scaled_b.t()
     y_mn = s_mr @ b_rn if bias is None else torch.addmm(bias.to(x.dtype), s_mr, b_rn)
-    return y_mn.addmm_(x, weight.t()), s_mr
+    return y_mn.addmm_(x, weight.t())
 
 
 def backward(

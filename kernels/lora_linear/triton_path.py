@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .backward import grad_a, grad_s_and_b, grad_x
 from .forward import down, forward_gemm
+from .torch_path import output as skinny_output
 from .torch_path import scaled
 
 
@@ -24,11 +24,7 @@ def forward(
     """`torch_path.forward` by the Triton kernels."""
     s_mr = down(x, lora_a.to(x.dtype), dropout_p, seed)
     scaled_b = scaled(lora_b, scale, x.dtype)
-    if route == "fused":
-        return forward_gemm(x, weight, bias, s_mr, scaled_b), s_mr
-    b_rn = scaled_b.t()
-    y_mn = s_mr @ b_rn if bias is None else torch.addmm(bias.to(x.dtype), s_mr, b_rn)
-    return y_mn.addmm_(x, weight.t()), s_mr
+    return output(x, weight, bias, s_mr, scaled_b, route), s_mr
 
 
 def backward(
@@ -55,8 +51,35 @@ def backward(
         assert x is not None and ds is not None
         da = grad_a(x, ds, dropout_p, seed, lora_a.dtype)
     if need_x:
-        fused = route == "fused"
-        dx = grad_x(dy, weight, ds, lora_a.to(dy.dtype), dropout_p, seed, with_gemm=fused)
-        if not fused:
-            dx.addmm_(dy, weight)
+        dx = grad_input(dy, weight, ds, lora_a, dropout_p, seed, route)
     return dx, da, db
+
+
+def output(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s_mr: Tensor,
+    scaled_b: Tensor,
+    route: str,
+) -> Tensor:
+    """`torch_path.output`, the low-rank term in our GEMM's accumulator where the route is "fused"."""
+    compute = forward_gemm if route == "fused" else skinny_output
+    return compute(x, weight, bias, s_mr, scaled_b)
+
+
+def grad_input(
+    dy: Tensor,
+    weight: Tensor,
+    ds: Tensor | None,
+    lora_a: Tensor,
+    dropout_p: float,
+    seed: int | None,
+    route: str,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """dX (M, K) = keep * (dS A) + dY W; with `add_to`, (M, K), that is added to and returned."""
+    fused = route == "fused"
+    a = lora_a.to(dy.dtype)
+    dx = grad_x(dy, weight, ds, a, dropout_p, seed, with_gemm=fused, add_to=add_to)
+    return dx if fused else dx.addmm_(dy, weight)

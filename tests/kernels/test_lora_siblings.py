@@ -165,3 +165,15 @@ def test_ranks_that_differ():
     x, weights, biases, a, b, _ = operands(3, 8, (4, 4), 2, torch.float32)
     with pytest.raises(ValueError, match=r"ranks is \[1, 2\]; it must be equal"):
         lora_linear_siblings(x, weights, biases, [a[0][:1], a[1]], b, [1.0, 1.0])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("route", ["skinny", "fused"])
+def test_a_bias_of_another_dtype_is_cast_as_lora_linear_does(route):
+    x, weights, _, a, b, _ = operands(21, 40, (24, 8), 4, torch.bfloat16)
+    biases = [torch.full((24,), 0.5), torch.full((8,), -0.25)]
+    options = {"impl": "triton", "route": route}
+    ys = lora_linear_siblings(x, weights, biases, a, b, SCALES[:2], **options)
+    for i, y in enumerate(ys):
+        alone = lora_linear(x, weights[i], biases[i], a[i], b[i], SCALES[i], **options)
+        assert torch.equal(y, alone)
