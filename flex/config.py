@@ -272,7 +272,7 @@ class KernelsConfig(Section):
     impl: Literal["auto", "torch", "triton"] = Field(
         "auto",
         description="which implementation computes LoRA, penalty and Sophia: auto: Triton on GPUs, "
-        "torch on CPUs",
+        "torch on CPUs and for the penalty",
     )
 
 

@@ -22,10 +22,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from flex.errors import ModelError
-from flex.kernels.runtime import choose_impl, require_one_of
+from flex.kernels.runtime import IMPLS, choose_impl, require_one_of
 from flex.model.adapters import FlexLoraLinear, never_fused, why_not_fused
-
-IMPLS = ("auto", "torch", "triton")
 
 
 @dataclass(frozen=True)

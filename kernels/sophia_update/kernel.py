@@ -5,8 +5,6 @@ memory-bound, 24 bytes per fp32 parameter: read p, m, h, g, write p, m. Each pro
 clipped coordinates; counts are integers, so their sum does not depend on its order.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (arguments of a Triton function are the compiler's)
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import TL_DTYPES
 from .scalars import SCALARS, Scalars
 from .table import BLOCK, META_COLUMNS, Layout, addresses, layout, scalar_rows
 
 NUM_WARPS = 4
 SUM_BLOCK = 4096  # partial results that the one finishing program reads at a time
 SUM_WARPS = 8
-TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 TL_NAMES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
 

@@ -5,8 +5,6 @@ gradient scale times clip factor; `finite` is 0 where the norm is not finite, an
 that reads it does nothing.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (arguments of a Triton function are the compiler's)
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernel import SUM_BLOCK, SUM_WARPS, TL_DTYPES, Columns, base, piece
+from ..launching import TL_DTYPES
+from .kernel import SUM_BLOCK, SUM_WARPS, Columns, base, piece
 from .scalars import CONTROL, NORM_FLOOR
 
 

@@ -21,6 +21,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..launching import to_device
+
 # Elements per program. 2048 fp32 over 128 threads are four 128-bit loads per thread and array, enough
 # in flight to cover a DRAM access; the 40 bytes of table per program are 0.1 % of what it moves.
 BLOCK = 2048
@@ -70,10 +72,3 @@ def _column(pointers: tuple[int, ...], device: torch.device) -> tuple[Tensor, bo
 def scalar_rows(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
     """fp32 (groups, scalars) on the device. Rounded from fp64 once, here."""
     return to_device(torch.tensor(rows, dtype=torch.float32), device)
-
-
-def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for: pageable memory would make it wait for the device."""
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)

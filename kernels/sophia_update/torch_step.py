@@ -19,8 +19,9 @@ from torch import Tensor
 log = logging.getLogger("flex.kernels")
 
 # Elements of a call from which on it is compiled. Compiling takes 5 to 40 s with cold caches and
-# 2 s with warm ones. From here on that is repaid within some hundred
-# steps; below, a short run would wait longer than it trains.
+# 2 s with warm ones; on two cores of an EPYC (Zen 4, torch 2.13) it saves 2.3 ms a million elements and
+# step (448 matrices of 40 M in all: 49 ms, list operations 141). At 8 million that repays warm caches
+# in 110 steps and cold ones in 300 to 2,200; below, a short run would wait longer than it trains.
 COMPILE_FROM = 8_000_000
 SLOTS = 16  # tensors per call of the compiled step: 5 us a tensor, where one at a time costs 25
 

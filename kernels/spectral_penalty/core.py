@@ -21,8 +21,6 @@ so: butterfly, then class by class twist, core with sigma[S k + c], untwist, in 
 inverse butterfly. Of a real row, classes c and S - c are conjugates: one stands for both.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (arguments of a Triton function are the compiler's)
 from __future__ import annotations
 
 import triton

@@ -8,8 +8,6 @@ The table of a launch, (matrices, COLUMNS) int64: addresses of w, g, w0; the num
 first program; then between vectors and between elements the strides of w, g and w0; and a zero.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (arguments of a Triton function are the compiler's)
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import TL_DTYPES, to_device
 from ..runtime import require
 from .core import circulant_class, circulant_eight, circulant_four, stacked_table
 from .tables import Plan, Tables
@@ -30,7 +29,6 @@ COLUMNS = 12
 NUM_WARPS = 8
 SUM_BLOCK = 1024  # partial values that the summing program reads at a time
 SUM_WARPS = 4
-TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -280,14 +278,9 @@ def sum_launch(partials: Tensor, counts: Sequence[int], order: Sequence[int]) ->
 @lru_cache(maxsize=64)
 def _owner(counts: tuple[int, ...], device: torch.device) -> Tensor:
     index = torch.arange(len(counts), dtype=torch.int32)
-    return _moved(index.repeat_interleave(torch.tensor(counts)), device)
+    return to_device(index.repeat_interleave(torch.tensor(counts)), device)
 
 
 @lru_cache(maxsize=64)  # parameters do not move, and gradients seldom
 def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    return _moved(torch.tensor(rows, dtype=torch.int64), device)
-
-
-def _moved(host: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for."""
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return to_device(torch.tensor(rows, dtype=torch.int64), device)
