@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from flex.kernels import runtime
 from flex.kernels.lora_linear import api, lora_linear, torch_path
 from flex.kernels.lora_linear.dropout import apply_mask, keep_mask
 from flex.kernels.lora_linear.reference import lora_linear_reference
+from tests.mutants import load_copy
 from tests.oracle import assert_within_budget
 
 CPU = torch.device("cpu")
@@ -187,22 +186,6 @@ BUGS = (
     ("dA zeroed", "_wide_product(ds_mr.t(), kept_mk)", "_wide_product(0 * ds_mr.t(), kept_mk)"),
     ("A rounded", "kept_mk @ lora_a.to(x.dtype)", "kept_mk @ lora_a.bfloat16().float()"),
 )
-
-
-def load_copy(folder: Path, module: ModuleType, old: str, new: str) -> ModuleType:
-    """A copy of a module of lora_linear in which the one occurrence of `old` reads `new`."""
-    assert module.__file__ is not None
-    source = Path(module.__file__).read_text()
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module.__name__}"
-    path = folder / "mutant.py"
-    path.write_text(source.replace(old, new))
-    name = "flex.kernels.lora_linear._mutant"  # a sibling's name, for the relative imports
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    copy = importlib.util.module_from_spec(spec)
-    sys.modules[name] = copy  # triton looks a function's module up
-    spec.loader.exec_module(copy)
-    return copy
 
 
 def test_bug_in_the_scale_of_dropout_is_noticed(tmp_path: Path) -> None:

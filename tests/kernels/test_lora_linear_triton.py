@@ -14,7 +14,8 @@ from flex.kernels.lora_linear import backward, forward, lora_linear, tiles, trit
 from flex.kernels.lora_linear.dropout import keep_mask
 from flex.kernels.runtime import interpreting
 from tests.counting import count_traffic
-from tests.kernels.test_lora_linear import DTYPES, SEED, Case, check, load_copy, operands
+from tests.kernels.test_lora_linear import DTYPES, SEED, Case, check, operands
+from tests.mutants import load_copy
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
 ROUTES = ("skinny", "fused")

@@ -10,7 +10,8 @@ from flex.kernels.lora_linear.dropout import keep_mask
 from flex.kernels.lora_linear.reference import lora_linear_reference
 from flex.kernels.runtime import interpreting
 from tests.counting import count_traffic
-from tests.kernels.test_lora_linear import DTYPES, load_copy
+from tests.kernels.test_lora_linear import DTYPES
+from tests.mutants import load_copy
 from tests.oracle import assert_within_budget
 
 SEEDS, SCALES = (11, 2**40 + 3, 5), (1.5, 0.75, 2.0)

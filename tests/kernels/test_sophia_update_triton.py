@@ -1,8 +1,6 @@
 """The Triton update, norm and curvature in the interpreter: against fp64, at every edge, and their bugs."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from flex.kernels.sophia_update import (
 from flex.kernels.sophia_update.reference import curvature_reference, sophia_reference
 from flex.kernels.sophia_update.shipped import shipped
 from tests.counting import count_traffic
+from tests.mutants import load_copy
 from tests.oracle import assert_within_budget
 
 BLOCK = table.BLOCK
@@ -330,7 +329,7 @@ def test_a_gradient_with_other_strides_is_read_right():
 
 
 # ---- bugs that must not survive: (name, file, text, what a careless author would have written)
-K, N = "kernel.py", "norm.py"
+K, N = kernel, norm
 BUGS = (
     ("decay inside the clip", K, "lr * u + lr_decay * p", "lr * (u + lr_decay * p)"),
     ("decay of the wrong sign", K, "lr * u + lr_decay * p", "lr * u - lr_decay * p"),
@@ -378,19 +377,6 @@ BUGS = (
 )  # fmt: skip
 
 
-def mutant(folder: Path, file: str, old: str, new: str):
-    """The module `file` from a copy in which the one occurrence of `old` reads `new`."""
-    source = (Path(kernel.__file__).parent / file).read_text()
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {file}"
-    path = folder / "mutant.py"
-    path.write_text(source.replace(old, new))
-    name = "flex.kernels.sophia_update._mutant"  # a sibling's name, for the relative imports
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def everything():
     """The least that kills every bug."""
     shapes = [(BLOCK + 977,), (7, 13)]
@@ -403,22 +389,21 @@ def everything():
     assert bad[2] == 0
 
 
-def use(monkeypatch, file, module):
-    target = kernel if file == K else norm
-    for name in dir(module):
+def use(monkeypatch, module, copy):
+    for name in dir(copy):
         if re.fullmatch(r"\w+_launch", name):
-            monkeypatch.setattr(target, name, getattr(module, name))
+            monkeypatch.setattr(module, name, getattr(copy, name))
 
 
-@pytest.mark.parametrize(("bug", "file", "old", "new"), BUGS, ids=[bug[0] for bug in BUGS])
-def test_bug_is_noticed(tmp_path, monkeypatch, bug, file, old, new):
-    use(monkeypatch, file, mutant(tmp_path, file, old, new))
+@pytest.mark.parametrize(("bug", "module", "old", "new"), BUGS, ids=[bug[0] for bug in BUGS])
+def test_bug_is_noticed(tmp_path, monkeypatch, bug, module, old, new):
+    use(monkeypatch, module, load_copy(tmp_path, module, old, new))
     with pytest.raises(AssertionError):
         everything()
 
 
-@pytest.mark.parametrize("file", [K, N])
-def test_unchanged_copy_passes(tmp_path, monkeypatch, file):
+@pytest.mark.parametrize("module", [K, N], ids=["kernel.py", "norm.py"])
+def test_unchanged_copy_passes(tmp_path, monkeypatch, module):
     """The harness of the bugs adds none of its own."""
-    use(monkeypatch, file, mutant(tmp_path, file, "import triton\n", "import triton\n"))
+    use(monkeypatch, module, load_copy(tmp_path, module, "import triton\n", "import triton\n"))
     everything()

@@ -1,0 +1,25 @@
+"""Copies of a module with a bug seeded into them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+
+def load_copy(folder: Path, module: ModuleType, old: str, new: str) -> ModuleType:
+    """A copy of `module`, written into `folder`, in which the one occurrence of `old` reads `new`."""
+    assert module.__file__ is not None
+    source = Path(module.__file__).read_text()
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module.__name__}"
+    path = folder / "mutant.py"
+    path.write_text(source.replace(old, new))
+    package = module.__name__.rpartition(".")[0]
+    name = f"{package}._mutant"  # a sibling's name, for the relative imports
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[name] = copy  # triton looks a function's module up
+    spec.loader.exec_module(copy)
+    return copy
