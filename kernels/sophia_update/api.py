@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ranges import named
 from ..runtime import TRITON_DTYPES, choose_impl, require
 from .scalars import CONTROL, NORM_FLOOR, Scalars
-from .torch_step import COMPILE_FROM, compilable, torch_update
+from .torch_step import torch_update
 
 KERNEL = "sophia_update"
 
@@ -88,8 +88,7 @@ def sophia_update_groups(
     Args:
         control: fp32 (3,) from `gradient_norm`: gradients are multiplied by its factor, and if it
             is not finite nothing at all changes. Triton reads it on the device, torch on the host.
-        impl: "auto", "torch" or "triton". torch compiles the update of COMPILE_FROM or more fp32
-            elements on a CPU. "auto" is torch for fp64, which Triton does not take.
+        impl: "auto", "torch" or "triton". "auto" is torch for fp64, which Triton does not take.
 
     Returns: 0-dim int64 tensor, the number of clipped coordinates (0 if nothing changed).
 
@@ -105,7 +104,6 @@ def sophia_update_groups(
     device = groups[0].params[0].device
     _check_control(control, device)
     chosen = _resolve(impl, device, (t for group in groups for x in group.lists() for t in x))
-    elements = sum(p.numel() for group in groups for p in group.params)
     with named("sophia_update/update", bytes=lambda: sum(map(_moved, groups))):
         if chosen == "triton":
             return _triton_update(groups, control)
@@ -119,7 +117,6 @@ def sophia_update_groups(
                 *(group.params, group.exp_avgs, group.curvatures, group.grads, group.copies),
                 group.scalars.row(),
                 factor,
-                compiled=elements >= COMPILE_FROM and compilable(group.lists()[:4]),
             )
             for group in groups
         ]

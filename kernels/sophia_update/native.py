@@ -1,0 +1,145 @@
+"""The update of fp32 tensors on a CPU: one pass over memory for any number of tensors, in C.
+
+The list operations of `torch_step.py` read and write memory about ten times. torch.compile makes one pass of
+a large vector, but for 448 matrices it takes 1.5 to 1.8 times torch's fused AdamW: guards, views and loops
+cost per tensor. This source takes 0.9 times (40 M elements, 2 cores), and the system's compiler needs 0.1 s
+for it. It follows the reference's order without contracted products, so that a result depends neither on the
+machine, nor on the number of threads, nor on how ZeRO cuts the parameters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("flex.kernels")
+
+SOURCE = r"""
+#include <stdint.h>
+typedef struct { float *p, *m; const float *h, *g; int64_t size; } Item;
+
+/* NaN goes through every comparison, as through torch's clamp. The count is as wide as a float, or the
+   compiler would not vectorise. */
+static int32_t update(float *restrict p, float *restrict m, const float *restrict h, const float *restrict g,
+                      int32_t size, const float *row)
+{
+    const float lr = row[0], lr_decay = row[1], beta1_rest = row[2], m_scale = row[3];
+    const float h_factor = row[4], h_offset = row[5], eps = row[6], factor = row[7];
+    int32_t clipped = 0;
+    for (int32_t i = 0; i < size; i++) {
+        const float momentum = m[i] + beta1_rest * (g[i] * factor - m[i]);
+        float floor = h[i] * h_factor + h_offset;
+        floor = floor < eps ? eps : floor;
+        float ratio = momentum * m_scale / floor;
+        clipped += __builtin_fabsf(ratio) > 1.0f ? 1 : 0;
+        ratio = ratio < -1.0f ? -1.0f : ratio;
+        ratio = ratio > 1.0f ? 1.0f : ratio;
+        m[i] = momentum;
+        p[i] = p[i] - (lr * ratio + lr_decay * p[i]);
+    }
+    return clipped;
+}
+
+/* Coordinates [begin, end) of all tensors laid end to end. Returns how many were clipped. */
+int64_t sophia_step(const Item *item, int64_t begin, int64_t end, const float *row)
+{
+    enum { BLOCK = 1 << 20 };
+    int64_t clipped = 0;
+    for (; end > 0; begin -= item->size, end -= item->size, item++) {
+        int64_t i = begin > 0 ? begin : 0;
+        const int64_t stop = end < item->size ? end : item->size;
+        for (; i < stop; i += BLOCK)
+            clipped += update(item->p + i, item->m + i, item->h + i, item->g + i,
+                              (int32_t)(stop - i < BLOCK ? stop - i : BLOCK), row);
+    }
+    return clipped;
+}
+"""
+# No -ffast-math: it would drop NaN. Traps and errno are what keeps the loop from being vectorised.
+FLAGS = (
+    *("-x", "c", "-std=c11", "-O3", "-march=native", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+)
+COMPILERS = ("cc", "gcc", "clang")
+ELEMENTS_PER_THREAD = 250_000  # a thread costs 50 us to start, as much as this many elements take
+
+
+def takes(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether the C update takes these tensors, by device, dtype and strides."""
+    return all(
+        t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous()
+        for tensors in lists
+        for t in tensors
+    )
+
+
+@functools.cache  # one attempt per process
+def native_step() -> Callable[..., int] | None:
+    """`sophia_step` of SOURCE; None, and one line in the log, if it cannot be compiled or loaded."""
+    found = shlex.split(os.environ.get("CC", "")) or [c for c in COMPILERS if shutil.which(c)][:1]
+    try:
+        if not found:
+            raise OSError(f"none of {', '.join(COMPILERS)} is on the PATH")
+        with tempfile.TemporaryDirectory(prefix="flex-") as folder:
+            source, library = Path(folder, "sophia.c"), Path(folder, "sophia.so")
+            source.write_text(SOURCE)
+            command = [*found, *FLAGS, str(source), "-o", str(library)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            if done.returncode:
+                raise OSError(done.stderr.strip() or f"{found[0]} ended with {done.returncode}")
+            step = ctypes.CDLL(str(library)).sophia_step
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.warning(
+            "sophia_update: its C source cannot be compiled (%s); list operations take its place, several "
+            "times slower. A C compiler on the PATH mends it",
+            (str(error).strip() or type(error).__name__).splitlines()[0],
+        )
+        return None
+    step.restype = ctypes.c_int64
+    step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    return step
+
+
+def native_update(
+    step: Callable[..., int],
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    curvatures: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    row: tuple[float, ...],
+    factor: float,
+) -> Tensor:
+    """All tensors of one group, cut into equal shares for torch's number of threads. Returns the count, int64."""
+    items = zip(params, exp_avgs, curvatures, grads, strict=True)
+    table = torch.tensor(
+        [(*(t.data_ptr() for t in item), item[0].numel()) for item in items], dtype=torch.int64
+    )
+    scalars = torch.tensor([*row[:7], factor], dtype=torch.float32)
+    total = int(table[:, 4].sum())
+    shares = max(1, min(torch.get_num_threads(), total // ELEMENTS_PER_THREAD))
+    counts = [0] * shares
+
+    def work(share: int) -> None:
+        span = (total * share // shares, total * (share + 1) // shares)
+        counts[share] = step(table.data_ptr(), *span, scalars.data_ptr())  # lets go of the GIL
+
+    # Not OpenMP: a second copy of its runtime beside torch's would spin against it.
+    threads = [threading.Thread(target=work, args=(share,)) for share in range(1, shares)]
+    for thread in threads:
+        thread.start()
+    work(0)
+    for thread in threads:
+        thread.join()
+    return torch.tensor(sum(counts))
