@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError
+from .kernels.sophia_update import gradient_norm
 from .optim import CurvatureStats, Sophia
 from .processes import all_reduce
 
@@ -91,12 +92,21 @@ class Engine:
     def update(self, lr: float) -> Update:
         """Clip, step and clear the gradients; or skip, if they are not finite."""
         self._set_lr(lr)
-        norm = clip_gradients(list(self.parameters.values()), self.clip_norm)
-        skipped = not torch.isfinite(norm).item()
-        if not skipped:
+        grads = self._gradients()
+        if isinstance(self.optimizer, Sophia):
+            # Its kernel reads factor and flag on the device: no pass over the gradients, no wait.
+            control = gradient_norm(grads, self.clip_norm, impl=self.optimizer.impl)
+            self.optimizer.control = control
             self.optimizer.step()
+            norm, _, finite = control.tolist()
+            if not finite:
+                self.optimizer.undo_count()
+        else:
+            norm, finite = clip_gradients(grads, self.clip_norm)
+            if finite:
+                self.optimizer.step()
         self._clear_gradients()
-        return Update(norm.item(), skipped)
+        return Update(norm, skipped=not finite)
 
     def gather(self) -> None:
         """Make every adapter whole on this process, to be read until the next forward. All processes must call it."""
@@ -106,6 +116,9 @@ class Engine:
             self.optimizer.clipped = None
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     def _clear_gradients(self) -> None:
         for p in self.parameters.values():
@@ -122,7 +135,7 @@ class Engine:
     def add_curvature(self, num_targets: int) -> None:
         """Feed the gradient of one micro-batch of sampled labels (over all processes) to Sophia, and clear it."""
         assert isinstance(self.optimizer, Sophia)
-        if all(p.grad is None or bool(p.grad.isfinite().all()) for p in self.parameters.values()):
+        if gradient_norm(self._gradients(), 0.0, impl=self.optimizer.impl)[2]:
             self.optimizer.accumulate_curvature(num_targets)
         self._clear_gradients()
 
@@ -200,18 +213,15 @@ def restore_counters(
 
 
 @torch.no_grad()
-def clip_gradients(parameters: list[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients so that their global norm is at most max_norm (0: never). Returns the norm before, 0-dim.
+def clip_gradients(grads: list[Tensor], max_norm: float) -> tuple[float, bool]:
+    """Scale gradients so that their global norm is at most max_norm (0: never); none, if it is not finite.
 
-    The factor is max_norm / (norm + 1e-6), the one DeepSpeed uses, so that engines agree.
+    Returns: the norm before, and whether it is finite. The factor is DeepSpeed's, so that engines agree.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    if max_norm > 0:
-        torch._foreach_mul_(grads, 1.0 / ((norm + 1e-6) / max_norm).clamp_min(1.0))
-    return norm
+    norm, factor, finite = gradient_norm(grads, max_norm).tolist()
+    if finite and factor != 1.0:
+        torch._foreach_mul_(grads, factor)
+    return norm, bool(finite)
 
 
 def build_engine(

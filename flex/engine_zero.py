@@ -8,6 +8,7 @@ partitions, several times per step in stage 3. Stage 0 with fp32 adapters calls 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ class ZeroEngine(Engine):
         )
         self.model = self.engine
         self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-        self._stage0_norm = torch.zeros(())
+        self._stage0_norm = 0.0
         if self.stage == 0:
             self.copies = self.world
             optimizer.register_step_pre_hook(self._before_step)
@@ -185,16 +186,16 @@ class ZeroEngine(Engine):
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Stage 0 has no norm and no guard of its own: here gradients are reduced and the step has not begun."""
         curvature = isinstance(optimizer, Sophia) and optimizer.num_targets is not None
-        params = list(self.parameters.values())
-        self._stage0_norm = clip_gradients(params, 0.0 if curvature else self.clip_norm)
-        if not torch.isfinite(self._stage0_norm):
+        bound = 0.0 if curvature else self.clip_norm
+        self._stage0_norm, finite = clip_gradients(self._gradients(), bound)
+        if not finite:
             self._clear_gradients()  # the optimizer passes over parameters without a gradient
 
     def update(self, lr: float) -> Update:
         self._set_lr(lr)
         self.engine.step()
         norm = float(self._stage0_norm if self.stage == 0 else self._wrapped._global_grad_norm)
-        return Update(norm, not torch.isfinite(torch.tensor(norm)).item())
+        return Update(norm, skipped=not math.isfinite(norm))
 
     @torch.no_grad()
     def shift(self, deltas: Mapping[nn.Parameter, Tensor]) -> None:

@@ -82,6 +82,7 @@ class Sophia(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.impl = impl
         self.num_targets: int | None = None  # set: step() accumulates curvature
+        self.control: Tensor | None = None  # see step()
         self.clipped: Tensor | None = (
             None  # 0-dim int64 count of the last update, over this process's share
         )
@@ -100,7 +101,12 @@ class Sophia(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; or accumulate curvature while `num_targets` is set."""
+        """Update every parameter that has a gradient; or accumulate curvature while `num_targets` is set.
+
+        With `control` set to a result of `flex.kernels.sophia_update.gradient_norm`, gradients are scaled by
+        its factor as they are read, and if they are not finite no tensor changes; the host need not wait
+        to know. Call `undo_count()` once it is known that they were not.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -124,9 +130,16 @@ class Sophia(torch.optim.Optimizer):
                     by_age.setdefault((state["step"], state["refreshes"]), []).append(p)
             groups += [self._update_group(group, *age, p) for age, p in by_age.items()]
         if groups:
-            clipped = sophia_update_groups(groups, impl=self.impl)
+            clipped = sophia_update_groups(groups, control=self.control, impl=self.impl)
             self.clipped = clipped if self.clipped is None else self.clipped + clipped
         return loss
+
+    def undo_count(self) -> None:
+        """Take back the step number of the last `step()`, which changed nothing: bias corrections go by it."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["step"] -= 1
 
     def _update_group(
         self, group: dict[str, Any], step: int, refreshes: int, params: list[Tensor]
