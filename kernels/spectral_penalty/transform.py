@@ -25,12 +25,18 @@ BLOCK_ELEMENTS = 2**17
 
 def circulant(x: Tensor, sigma: Tensor) -> Tensor:
     """C x along the last axis by one rfft and one irfft: x (..., N), sigma (..., N // 2 + 1)."""
-    return torch.fft.irfft(torch.fft.rfft(x) * sigma, n=x.shape[-1], norm="forward")
+    return torch.fft.irfft(_weighted(torch.fft.rfft(x), sigma), n=x.shape[-1], norm="forward")
 
 
 def circulant_2d(x: Tensor, sigma: Tensor) -> Tensor:
     """C x over the last two axes: x (..., R, L) real, sigma (R, L // 2 + 1) real."""
-    return torch.fft.irfft2(torch.fft.rfft2(x) * sigma, s=x.shape[-2:], norm="forward")
+    return torch.fft.irfft2(_weighted(torch.fft.rfft2(x), sigma), s=x.shape[-2:], norm="forward")
+
+
+def _weighted(spectrum: Tensor, sigma: Tensor) -> Tensor:
+    """spectrum * sigma, in place where that is the shape."""
+    fits = torch.broadcast_shapes(spectrum.shape, sigma.shape) == spectrum.shape
+    return spectrum.mul_(sigma) if fits else spectrum * sigma
 
 
 def norm_factor(norm: str, length: int, bins: int) -> float:

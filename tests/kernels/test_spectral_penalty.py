@@ -344,7 +344,11 @@ def test_bad_arguments_are_refused():
 SEEDED_BUGS = [
     ("transform.py", 'n=x.shape[-1], norm="forward")', "n=x.shape[-1])"),  # 1/N lost
     ("transform.py", "n=x.shape[-1], norm", "norm"),  # odd lengths come back one short
-    ("transform.py", "torch.fft.rfft(x) * sigma", "torch.fft.rfft(x) * (1 + sigma)"),
+    (
+        "transform.py",
+        "_weighted(torch.fft.rfft(x), sigma)",
+        "_weighted(torch.fft.rfft(x), 1 + sigma)",
+    ),
     ("transform.py", "bin_counts(length, one_sided) / ", "bin_counts(length, False) / "),
     ("transform.py", "bin_counts(length, one_sided=False)", "2.0"),  # self-conjugate bins halved
     ("transform.py", '"ortho": 1.0 / length', '"ortho": length**-0.5'),
