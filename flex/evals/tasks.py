@@ -38,6 +38,9 @@ class Program:
 class Task:
     """One problem. A completion is judged as `before + completion + after`.
 
+    Where the tests run the completion several times (APPS), `quoted` puts it there as a Python
+    string literal in place of its text.
+
     Attributes:
         task_id: unique within the benchmark.
         prompt: what the model reads, byte for byte.
@@ -57,10 +60,11 @@ class Task:
     reference: tuple[str, str] | None = None
     seconds: float | None = None
     main_class: str = ""
+    quoted: bool = False
 
     def program(self, completion: str) -> Program:
         """The program that judges `completion`."""
-        source = self.before + completion + self.after
+        source = self.before + (repr(completion) if self.quoted else completion) + self.after
         return Program(self.language, source, self.seconds, self.main_class)
 
 
