@@ -44,7 +44,7 @@ def load(name: str, data: Path | None = None) -> Benchmark:
             return None
         tests = _tests(row)
         if tests is None:
-            untested.append(int_field(row, "problem_id"))
+            untested.append(_number(row))
             return None
         return _task(row, tests)
 
@@ -52,7 +52,7 @@ def load(name: str, data: Path | None = None) -> Benchmark:
     source = dict(rows.source)
     if untested:
         log.warning(
-            "%s: %d problems have no tests and are left out: ids %s%s",
+            "%s: %d problems have no tests, or not one output for each input, and are left out: ids %s%s",
             name,
             len(untested),
             ", ".join(map(str, untested[:10])),
@@ -69,8 +69,13 @@ def load(name: str, data: Path | None = None) -> Benchmark:
     return Benchmark(name, "py", tasks, source, protocol, MAX_NEW_TOKENS)
 
 
+def _number(row: dict[str, Any]) -> int:
+    """The problem's number, which the Hub's own file calls `id`."""
+    return int_field(row, "id" if "id" in row and "problem_id" not in row else "problem_id")
+
+
 def _tests(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The cases of a problem, or None if there are none."""
+    """The cases of a problem, or None if nothing can be judged by them."""
     text = plain_text(row, "input_output")
     if not text.strip():
         return None
@@ -81,9 +86,7 @@ def _tests(row: dict[str, Any]) -> dict[str, Any] | None:
     inputs, outputs = tests.get("inputs"), tests.get("outputs")
     if not isinstance(inputs, list) or not isinstance(outputs, list):
         raise BadRow("wrong type", "`inputs` and `outputs` of `input_output` are not both lists")
-    if len(inputs) != len(outputs):
-        raise BadRow("wrong form", f"{len(inputs)} inputs, but {len(outputs)} outputs")
-    return tests if inputs else None
+    return tests if inputs and len(inputs) == len(outputs) else None
 
 
 def _task(row: dict[str, Any], tests: dict[str, Any]) -> Task:
@@ -99,7 +102,7 @@ def _task(row: dict[str, Any], tests: dict[str, Any]) -> Task:
         raise BadRow("wrong type", "`solutions` is not a list of texts")
     solution = solutions[0] if solutions else None
     return Task(
-        task_id=f"APPS/{int_field(row, 'problem_id')}",
+        task_id=f"APPS/{_number(row)}",
         language="py",
         prompt=prompt,
         stops=STOPS,

@@ -51,10 +51,9 @@ def load_benchmark(name: str, data: Path | None = None, limit: int | None = None
     if limit is not None and limit < 1:
         what = f"limit is {limit}"
         raise DataError(what, "a benchmark has at least one task", "give a limit of 1 or more")
-    if family == "multipl-e":
-        benchmark = multipl_e.load(name, language, "", data)
-    elif family == "multipl-e-mbpp":
-        benchmark = multipl_e.load(name, language, "mbpp", data)
+    if family.startswith("multipl-e"):
+        base = family.removeprefix("multipl-e").removeprefix("-")
+        benchmark = multipl_e.load(name, language, base, data)
     elif family == "humaneval-x":
         benchmark = mxeval.load_humaneval_x(name, language, data)
     elif family == "mbxp":
@@ -89,8 +88,7 @@ def parse_name(name: str) -> tuple[str, str, str]:
             word = asked.removeprefix(family + "-")
             language = ALIASES.get(word, word)
             if language in languages:
-                family = family.removesuffix("-humaneval")
-                return f"{family}-{language}", family, language
+                return f"{family.removesuffix('-humaneval')}-{language}", family, language
             known = difflib.get_close_matches(word, [*languages, *ALIASES], n=1)
             fix = f"did you mean {family}-{known[0]}?" if known else f"languages: {languages}"
             if language in LANGUAGES:

@@ -23,6 +23,8 @@ HUMANEVAL_X_TASKS = 164
 BRACE = "\n}"
 _LANGUAGE = {"python": "py", "javascript": "js"}  # what the data call a language
 # The one function of lodash that MBXP's tests use. lodash takes 0 and -0 for equal, node does not.
+# Of the 938 solutions in the data one is judged otherwise: within a set lodash takes [1, 2] and
+# [2, 1] for equal (MBJSP/490).
 LODASH = """\
 const _ = (() => {
     const plain = (x) => Object.is(x, -0) ? 0 : Array.isArray(x) ? x.map(plain) : x;
@@ -86,9 +88,10 @@ def load_humaneval_x(name: str, language: str, data: Path | None = None) -> Benc
 
 def _protocol(language: str) -> dict[str, Any]:
     brace = "" if language == "py" else " closing brace,"
+    equal = "; lodash.isEqual and console.assert replaced" if language == "js" else ""
     return {
         "prompt": "as in the data, not stripped",
-        "program": f"prompt, completion,{brace} test",
+        "program": f"prompt, completion,{brace} test{equal}",
         "stops": list(_stops(language)),
     }
 

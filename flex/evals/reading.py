@@ -131,7 +131,7 @@ def make_tasks(
     """
     first = rows.rows[0][1]
     like = looks_like(first)
-    if like is not None and like != kind:
+    if like is not None and like != kind:  # also where a key too many is all that differs
         raise DataError(
             f"the rows are not {name}'s: they look like those of {like} "
             f"(keys: {', '.join(list(first)[:8])})",
@@ -144,11 +144,8 @@ def make_tasks(
         try:
             task = make(row)
         except BadRow as bad:
-            raise DataError(
-                f"{where}: {bad.reason}: {bad.detail}",
-                WHY,
-                f"repair the row, or give --data the file of {name}",
-            ) from bad
+            fix = f"repair the row, or give --data the file of {name}"
+            raise DataError(f"{where}: {bad.reason}: {bad.detail}", WHY, fix) from bad
         if task is None:
             continue
         if task.task_id in places:
