@@ -43,6 +43,9 @@ def test_the_prompt_says_how_input_comes(task):
         "import os\na, b = os.read(0, 99).split()\nos.write(1, b'%d' % (int(a) + int(b)))",
         "a, b = open(0).read().split()\nif __name__ == '__main__':\n    print(int(a) + int(b))",
         "import sys, io\nsys.stdout = io.TextIOWrapper(open(1, 'wb', closefd=False))\n" + SOLUTION,
+        "import os, sys\nclass Fast:\n    text = ''\n    def write(self, x): self.text += x\n"
+        "    def flush(self): os.write(1, self.text.encode()); self.text = ''\n"
+        "sys.stdout = Fast()\n" + SOLUTION,
         f"import threading\nthreading.Thread(target=lambda: {SOLUTION}).start()",
         "from __future__ import annotations\n'''it\\'s \"quoted\" \\n'''\n# \u00e9\n" + SOLUTION,
     ],
@@ -118,10 +121,17 @@ def test_keys_of_dictionaries_are_integers_again(task):
     assert run(task(cases), "def f(d):\n    return d[1]\n") == ""
 
 
-@pytest.mark.parametrize("body", ["while True: pass", "try:\n    LOOP\nexcept BaseException: pass"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "while True: pass",
+        "try: time.sleep(9)\nexcept BaseException: pass",
+        "while True:\n    try: time.sleep(9)\n    except Exception: pass",
+    ],
+)
 def test_a_case_has_a_time_limit_that_cannot_be_caught(task, monkeypatch, body):
     monkeypatch.setattr(apps_program, "CASE_SECONDS", 1)
-    body = "print(3)\n" + body.replace("LOOP", "\n    while True: pass")
+    body = f"print(3)\n{body}"
     cases = {"inputs": ["", ""], "outputs": ["3", "3"]}
     assert "case 0: more than 1 s" in run(task(cases), body)
 
