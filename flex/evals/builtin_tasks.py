@@ -39,7 +39,7 @@ def load(name: str) -> Benchmark:
         digest.update(file.read_bytes())
     source = {"builtin": "flex/data/tasks", "sha256": digest.hexdigest()}
     protocol = {
-        "prompt": "comment of the text and the first assert, to the method's brace, zero-shot"
+        "prompt": "imports, comment of the text and the first assert, to the method's brace"
         if java
         else mbpp.PROMPT,
         "program": "prompt, completion, closing brace, java_tests in a main method"

@@ -50,6 +50,23 @@ HUMANEVAL_X = {
     "test": "const testTwice = () => {\n  console.assert(twice(2) === 4)\n}\n\ntestTwice()\n",
     "example_test": "",
 }
+MBJP = {
+    **{"task_id": "MBJP/1", "language": "java", "entry_point": "twice"},
+    "prompt": "import java.util.*;\n\nclass Twice {\n    public static int twice(int x) {\n",
+    "canonical_solution": "        return 2 * x;\n    }\n}",
+    "test": "\n\nclass Main {\n    public static void main(String[] args) throws Exception {\n"
+    '        if (Twice.twice(2) != 4) {\n            throw new Exception("0");\n        }\n    }\n}\n',
+}
+HUMANEVAL_X_JAVA = {
+    "task_id": "Java/0",
+    "prompt": "import java.util.*;\n\nclass Solution {\n    public int twice(int x) {\n",
+    "declaration": "import java.util.*;\n\nclass Solution {\n    public int twice(int x) {\n",
+    "canonical_solution": "        return 2 * x;\n    }\n}",
+    "test": "public class Main {\n    public static void main(String[] args) {\n"
+    "        if (new Solution().twice(2) != 4) {\n            throw new AssertionError();\n"
+    "        }\n    }\n}\n",
+    "example_test": "",
+}
 
 
 def apps_row(cases: dict[str, Any], solution: str = "", number: int = 1) -> dict[str, Any]:

@@ -18,7 +18,16 @@ from flex.evals.builtin_tasks import split_java
 from flex.evals.journal import Outcome
 from flex.evals.probe import stub, unsolvable
 from flex.evals.tasks import Benchmark, Program, Task
-from tests.evals.made_benchmarks import HUMANEVAL, HUMANEVAL_X, MBJSP, MBPP, MULTIPL_E, write
+from tests.evals.made_benchmarks import (
+    HUMANEVAL,
+    HUMANEVAL_X,
+    HUMANEVAL_X_JAVA,
+    MBJP,
+    MBJSP,
+    MBPP,
+    MULTIPL_E,
+    write,
+)
 
 needs_java = pytest.mark.skipif(
     not (shutil.which("javac") and shutil.which("java")), reason="no JDK is installed"
@@ -134,11 +143,23 @@ def test_python_stubs_compile(tmp_path: Path):
 
 
 @needs_java
-def test_a_multipl_e_stub_leaves_its_brace_to_the_tests(tmp_path: Path):
+def test_java_programs_close_what_their_data_leave_open(tmp_path: Path):
+    helper = "        return help(x);\n    }\n\n    static int help(int x) {\n        return 2 * x;\n    }"
+    programs = {}
+    for name, row in (("mbxp-java", MBJP), ("humaneval-x-java", HUMANEVAL_X_JAVA)):
+        task, short = first(tmp_path, name, row), name[0]
+        programs[short + "solution"] = task.program(task.solution or "")
+        programs[short + "helper"] = task.program(helper)  # within the class, so before the stop
+        programs[short + "stub"] = task.program(stub(task) or "")
+        programs[short + "wrong"] = task.program("        return 5;\n    }")
     task = first(tmp_path, "multipl-e-java", MULTIPL_E)
-    program = task.program(stub(task) or "")
-    main = Program("java", program.source.replace("class Problem", "class Main"))
-    assert run_java(tmp_path, {"p": main}) == {"p": "java.lang.RuntimeException "}
+    source = task.program(stub(task) or "").source.replace("class Problem", "class Main")
+    programs["multipl_e_stub"] = Program("java", source)
+    result = run_java(tmp_path, programs)
+    assert result.pop("mwrong") == "java.lang.Exception: 0 "
+    assert result.pop("hwrong") == "java.lang.AssertionError "
+    for name, found in result.items():
+        assert found == ("java.lang.RuntimeException " if name.endswith("stub") else ""), name
 
 
 @node

@@ -110,6 +110,16 @@ def test_console_assert_fails_a_program(tmp_path: Path):
     assert "AssertionError" in run(task, "  return 5;", ("node",))
 
 
+def test_python_of_the_translated_sets_is_judged_like_humaneval(tmp_path: Path):
+    mbxp = {**HUMANEVAL, "language": "python", "task_id": "MBPP/1"}
+    called = f"{HUMANEVAL['test']}\ncheck(double)\n"
+    x = {**HUMANEVAL, "task_id": "Python/0", "declaration": "x", "test": called}
+    for name, row in (("mbxp-python", mbxp), ("humaneval-x-py", x)):
+        (task,) = load_benchmark(name, write(tmp_path / "x.jsonl", row)).tasks
+        assert run(task, task.solution or "") == ""
+        assert "AssertionError" in run(task, "    return 5\n")
+
+
 def test_an_unknown_solution_is_none(tmp_path: Path):
     row = {**MBJSP, "canonical_solution": None}
     (task,) = load_benchmark("mbxp-js", write(tmp_path / "x.jsonl", row)).tasks
