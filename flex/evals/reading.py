@@ -24,6 +24,7 @@ from flex.evals.tasks import Task
 
 log = logging.getLogger("flex.evals")
 
+SANITIZED = "mbpp's sanitized set"  # recognised, not evaluated
 WHY = "a benchmark is read whole and strictly: a row left out would make it another benchmark"
 
 
@@ -130,13 +131,14 @@ def make_tasks(
             or give an id twice.
     """
     first = rows.rows[0][1]
-    like = looks_like(first)
-    if like is not None and like != kind:  # also where a key too many is all that differs
+    like, benchmark = looks_like(first)
+    if like and like != kind:  # also where a key too many is all that differs
+        other = f"evaluate {benchmark}, or " if like != SANITIZED else ""
         raise DataError(
-            f"the rows are not {name}'s: they look like those of {like} "
+            f"the rows are not {name}'s: they look like those of {benchmark} "
             f"(keys: {', '.join(list(first)[:8])})",
             WHY,
-            f"evaluate {like}, or give --data the file of {name}",
+            f"{other}give --data the file of {name}",
         )
     tasks: list[Task] = []
     places: dict[str, str] = {}
@@ -144,7 +146,9 @@ def make_tasks(
         try:
             task = make(row)
         except BadRow as bad:
-            fix = f"repair the row, or give --data the file of {name}"
+            moved = bad.reason == "wrong language"
+            fix = f"evaluate {looks_like(row)[1]}" if moved else "repair the row"
+            fix += f", or give --data the file of {name}"
             raise DataError(f"{where}: {bad.reason}: {bad.detail}", WHY, fix) from bad
         if task is None:
             continue
@@ -161,13 +165,14 @@ def make_tasks(
     return tuple(tasks)
 
 
-def looks_like(row: dict[str, Any]) -> str | None:
-    """The benchmark, without its language, that has rows of these keys; None if none is known."""
-    keys = set(row)
-    for kind, needed in _SCHEMAS:
-        if needed <= keys:
-            return kind
-    return None
+def looks_like(row: dict[str, Any]) -> tuple[str, str]:
+    """(kind, benchmark) that has rows of these keys, such as ("mbxp", "mbxp-java"); "" if none."""
+    kind = next((kind for kind, needed in _SCHEMAS if needed <= set(row)), "")
+    language = str(row.get("language", "")) if kind in ("multipl-e", "mbxp") else ""
+    if kind == "humaneval-x":
+        language = str(row["task_id"]).partition("/")[0].lower()
+    language = language.removesuffix("_test.go")  # MultiPL-E's Go
+    return kind, f"{kind}-{language}" if language else kind
 
 
 def plain_text(row: dict[str, Any], key: str) -> str:
@@ -196,7 +201,7 @@ _SCHEMAS: tuple[tuple[str, set[str]], ...] = (
     ("humaneval-x", {"task_id", "prompt", "declaration", "canonical_solution", "test"}),
     ("mbxp", {"task_id", "prompt", "entry_point", "test", "language"}),
     ("humaneval", {"task_id", "prompt", "entry_point", "test", "canonical_solution"}),
-    ("mbpp's sanitized set", {"task_id", "prompt", "code", "test_imports", "test_list"}),
+    (SANITIZED, {"task_id", "prompt", "code", "test_imports", "test_list"}),
     ("mbpp", {"task_id", "text", "code", "test_list"}),
     ("apps", {"question", "input_output"}),
 )

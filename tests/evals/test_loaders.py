@@ -160,17 +160,24 @@ def test_the_first_bad_row_is_named_with_its_key(tmp_path: Path, name, row, word
     ("name", "row", "like"),
     [
         ("humaneval", MBPP, "mbpp"),
-        ("humaneval", MBJSP, "mbxp"),  # it has all the keys of HumanEval
-        ("humaneval", {**HUMANEVAL_X, "entry_point": "x"}, "humaneval-x"),
+        ("humaneval", MBJSP, "mbxp-javascript"),  # it has all the keys of HumanEval
+        ("humaneval", {**HUMANEVAL_X, "entry_point": "x"}, "humaneval-x-javascript"),
         ("mbpp", HUMANEVAL, "humaneval"),
-        ("mbxp-js", MULTIPL_E, "multipl-e"),
-        ("multipl-e-java", MBJSP, "mbxp"),
+        ("mbxp-js", MULTIPL_E, "multipl-e-java"),
+        ("multipl-e-java", MBJSP, "mbxp-javascript"),
         ("apps", MBPP, "mbpp"),
         ("mbpp", {**MBPP, "prompt": "x", "test_imports": []}, "mbpp's sanitized set"),
     ],
 )
 def test_a_file_of_another_benchmark_is_recognised(tmp_path: Path, name, row, like):
-    assert f"look like those of {like} (" in refused(name, write(tmp_path / "x.jsonl", row))
+    message = refused(name, write(tmp_path / "x.jsonl", row))
+    assert f"look like those of {like} (" in message
+    assert (f"evaluate {like}" in message) is ("sanitized" not in like)
+
+
+def test_a_file_of_another_language_names_its_benchmark(tmp_path: Path):
+    data = write(tmp_path / "x.json", {**MULTIPL_E, "language": "go_test.go"})
+    assert "fix: evaluate multipl-e-go" in refused("multipl-e-java", data)
 
 
 @pytest.mark.parametrize(
