@@ -22,7 +22,7 @@ setup(
     # __init__.py of its own, so it is found as a namespace package, and only below `flex`: the
     # top-level name `kernels` belongs to Hugging Face.
     packages=find_namespace_packages(include=["flex", "flex.*"], exclude=["*.__pycache__*"]),
-    package_data={"": ["*.md", "*.yaml", "*.json", "*.jsonl"]},
+    package_data={"": ["*.md", "*.yaml", "*.json", "*.jsonl", "*.java"]},
     install_requires=[
         "accelerate>=1.10",
         "bitsandbytes>=0.48",
