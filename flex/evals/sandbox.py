@@ -184,6 +184,8 @@ class Sandbox:
         if self.level != "bwrap":
             return []
         binds = [part for path in self.readable for part in ("--ro-bind", path, path)]
+        above = {str(up) for path in self.readable for up in Path(path).parents} - {"/"}
+        folders = [part for path in sorted(above) for part in ("--perms", "0755", "--dir", path)]
         links = [part for path, to in self.links.items() for part in ("--symlink", to, path)]
         if os.geteuid() == 0:
             user = [part for name in CAPABILITIES for part in ("--cap-add", f"CAP_{name}")]
@@ -192,7 +194,7 @@ class Sandbox:
             user = ["--unshare-all", "--uid", "65534", "--gid", "65534"]
         return [
             *("bwrap", "--cap-drop", "ALL", *user, "--die-with-parent", "--new-session"),
-            *("--as-pid-1", *binds, *links, "--ro-bind", str(INSIDE), "/inside"),
+            *("--as-pid-1", *folders, *binds, *links, "--ro-bind", str(INSIDE), "/inside"),
             *("--dev", "/dev", "--proc", "/proc", "--perms", "1777"),
             *("--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"),
         ]
