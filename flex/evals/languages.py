@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
@@ -141,8 +142,6 @@ def table(memory: int) -> dict[str, Language]:
 def version(language: Language) -> tuple[str | None, str]:
     """The first line that the tool chain says about itself, or None and what is missing."""
     if not language.tool:
-        import platform
-
         return f"Python {platform.python_version()}", ""
     if not shutil.which(language.tool):
         return None, f"{language.tool} is not installed"

@@ -95,7 +95,9 @@ class Sandbox:
         level: str | None = None,
     ) -> None:
         base = [sys.base_prefix] if not sys.base_prefix.startswith("/usr") else []
-        top = [path for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64") if os.path.exists(path)]
+        top = [
+            path for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64") if os.path.exists(path)
+        ]
         etc = [path for pattern in ETC for path in sorted(glob.glob(pattern))]
         self.links = {path: os.readlink(path) for path in top if os.path.islink(path)}
         real = [path for path in top if path not in self.links]
@@ -196,7 +198,16 @@ class Sandbox:
             *("bwrap", "--cap-drop", "ALL", *user, "--die-with-parent", "--new-session"),
             *("--as-pid-1", *folders, *binds, *links, "--ro-bind", str(INSIDE), "/inside"),
             *("--dev", "/dev", "--proc", "/proc", "--perms", "1777"),
-            *("--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"),
+            *(
+                "--size",
+                str(TMP_BYTES),
+                "--tmpfs",
+                "/tmp",
+                "--remount-ro",
+                "/dev",
+                "--remount-ro",
+                "/",
+            ),
         ]
 
     def _problem(self) -> str:

@@ -6,7 +6,10 @@ import java.lang.reflect.InvocationTargetException;
 /** Calls main of the class args[0]; sends the token on the end channel when it has returned. */
 public final class FlexLauncher {
     public static void main(String[] args) throws Throwable {
-        byte[] token = new FileInputStream(FileDescriptor.in).readAllBytes();
+        byte[] token = new byte[32];
+        if (new FileInputStream(FileDescriptor.in).readNBytes(token, 0, 32) != 32) {
+            throw new IllegalStateException("no token");
+        }
         FileOutputStream end = new FileOutputStream("/dev/fd/3");
         try {
             var method = Class.forName(args[0]).getDeclaredMethod("main", String[].class);

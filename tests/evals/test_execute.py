@@ -1,0 +1,73 @@
+"""Programs pass only by reaching their end with exit status 0, and failures are told apart."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from flex.errors import DataError
+from flex.evals.execute import Runner
+from flex.evals.tasks import Program
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with Runner("py", seconds=2, memory_bytes=256 << 20, allow_unsandboxed=True) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("assert 1 + 1 == 2\nassert __name__ == '__main__'", "passed"),
+        ("assert 1 + 1 == 3", "wrong"),
+        ("assert False, 'two\\nlines'", "wrong"),
+        ("def f(:", "compile"),
+        ("x = '\0'", "compile"),
+        ("x = '\ud800'", "compile"),
+        ("exec('def f(:')", "exception"),
+        ("1 / 0", "exception"),
+        ("import sys; sys.exit(0)", "exception"),
+        ("import os; os._exit(0)", "exception"),
+        ("while True: pass", "timeout"),
+        ("x = bytearray(2 << 30)", "limit"),
+    ],
+)
+def test_each_kind_of_end(runner, source, kind):
+    assert runner.run(Program("py", source)).kind == kind
+
+
+def test_detail_is_the_end_of_the_error(runner):
+    outcome = runner.run(Program("py", "raise KeyError('here')"))
+    assert outcome.detail.endswith("KeyError: 'here'")
+    assert len(outcome.detail) <= 300
+
+
+def test_many_keep_their_keys(runner):
+    programs = ((n, Program("py", f"assert {n} % 3")) for n in range(7))
+    got = {key: outcome.kind for key, outcome in runner.run_many(programs)}
+    assert got == {n: "passed" if n % 3 else "wrong" for n in range(7)}
+
+
+def test_an_unknown_language_names_the_known():
+    with pytest.raises(DataError, match="java"):
+        Runner("cobol")
+
+
+@pytest.mark.parametrize("language", ["java", "js", "cpp", "rs", "sh", "pl"])
+def test_controls(language):
+    folder = os.environ.get("FLEX_DATA")
+    if not folder:
+        pytest.skip("FLEX_DATA is not set")
+    path = Path(folder) / "multipl_e_controls" / f"{language}-HumanEval53.json"
+    row = json.loads(path.read_text("utf-8"))
+    with Runner(language, allow_unsandboxed=True) as runner:
+        if runner.toolchain is None:
+            pytest.skip(runner.run(Program(language, "")).detail)
+        ends = [
+            runner.run(Program(language, row["prompt"] + text + "\n" + row["tests"])).kind
+            for text in row["completions"][:2]
+        ]
+    assert ends[0] == "passed"
+    assert ends[1] in ("compile", "exception", "wrong")
