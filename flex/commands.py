@@ -15,6 +15,7 @@ from rich.text import Text
 import flex
 from flex.config_io import Resolved, load_config, origins
 from flex.errors import FlexError
+from flex.evals.arguments import add_eval_arguments, add_merge_check_arguments, add_nll_arguments
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -103,6 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, metavar="DIR", help="new folder, safetensors")
     merge.add_argument("--base", metavar="ID", help="base model, in place of the adapter's own")
 
+    add_eval_arguments(
+        add(commands, "eval", _eval, "evaluate a model on a benchmark, in a sandbox")
+    )
+    add_nll_arguments(add(commands, "nll", _nll, "how likely a model finds reference solutions"))
+    add_merge_check_arguments(
+        add(commands, "merge-check", _merge_check, "compare an adapter with itself, merged")
+    )
+
     compare = add(commands, "compare", _compare, "compare result files on the same tasks")
     compare.add_argument("files", nargs="*", metavar="FILE", help="each is compared with the first")
     compare.add_argument(
@@ -190,6 +199,24 @@ def _yaml(option: Resolved) -> str:
     if option.value is None or isinstance(option.value, bool):
         return {None: "null", True: "true", False: "false"}[option.value]
     return str(option.value)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from flex.evals.command import eval_command
+
+    return eval_command(args)
+
+
+def _nll(args: argparse.Namespace) -> int:
+    from flex.evals.measure_commands import nll_command
+
+    return nll_command(args)
+
+
+def _merge_check(args: argparse.Namespace) -> int:
+    from flex.evals.measure_commands import merge_check_command
+
+    return merge_check_command(args)
 
 
 def _compare(args: argparse.Namespace) -> int:

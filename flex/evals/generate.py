@@ -68,7 +68,7 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any = None) -> 
 
     What follows a special token belongs to another document.
     """
-    ends = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    ends: set[Any] = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     eos = getattr(model_config, "eos_token_id", None)
     ends |= set(eos if isinstance(eos, list | tuple) else [eos])
     ends.add(tokenizer.eos_token_id)
@@ -134,17 +134,23 @@ class Generator:
         """
         jobs = self._jobs(requests)
         size = self.batch_size * WINDOWS if self.batch_size > 1 else 1
-        columns = max((len(job.prompt) + job.room for job in jobs), default=0)
-        cache = SlotCache(min(self.batch_size, len(jobs)), columns)
+        cache = self._cache(jobs)
         for start in range(0, len(jobs), size):
             window = jobs[start : start + size]
             if all(job.request.key in done for job in window):
                 continue
-            for key, made in self._window(window, cache):
+            for row, made in self._window(window, cache):
+                key = row.job.request.key
                 if key not in done:
                     yield key, made
                 elif on_repeat is not None:
                     on_repeat(key, made)
+
+    def token_ids(self, requests: Sequence[Request]) -> Iterator[tuple[Key, list[int]]]:
+        """As `generate`, but the new tokens in place of their text. Raises DataError."""
+        jobs = self._jobs(requests)
+        for row, _ in self._window(jobs, self._cache(jobs)):
+            yield row.job.request.key, row.completion.ids
 
     def _jobs(self, requests: Sequence[Request]) -> list[_Job]:
         context = context_of(self.model.config)
@@ -178,7 +184,11 @@ class Generator:
         # Longest first: what does not fit into memory fails at once, and the time left is not too low
         return sorted(jobs, key=lambda job: -len(job.prompt))
 
-    def _window(self, window: Sequence[_Job], cache: SlotCache) -> Iterator[tuple[Key, Generated]]:
+    def _cache(self, jobs: Sequence[_Job]) -> SlotCache:
+        columns = max((len(job.prompt) + job.room for job in jobs), default=0)
+        return SlotCache(min(self.batch_size, len(jobs)), columns)
+
+    def _window(self, window: Sequence[_Job], cache: SlotCache) -> Iterator[tuple[_Row, Generated]]:
         waiting, rows = deque(window), list[_Row]()
         read: tuple[tuple[int, ...], DynamicCache, Tensor] | None = None
         while waiting or rows:
@@ -188,7 +198,7 @@ class Generator:
                     read = (job.prompt, *self._read(job.prompt))
                 row, made = self._start(job, read[2])
                 if made is not None:
-                    yield job.request.key, made
+                    yield row, made
                 else:
                     cache.put(len(rows), read[1])
                     rows.append(row)
@@ -200,7 +210,7 @@ class Generator:
                 row = rows[slot]
                 row.length += 1
                 if (made := self._take(row, tokens[slot])) is not None:
-                    yield row.job.request.key, made
+                    yield row, made
                     last = rows.pop()
                     if slot < len(rows):
                         cache.move(len(rows), slot, last.length)

@@ -25,6 +25,7 @@ class SlotCache(Cache):
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__(layers=[])
+        self._slots: list[_SlotLayer] = self.layers  # type: ignore[assignment]
         self.rows, self.columns = rows, columns
         self.index = torch.zeros(0, dtype=torch.int64)
         self.places = self.index
@@ -33,17 +34,18 @@ class SlotCache(Cache):
     def put(self, row: int, prompt: DynamicCache) -> None:
         """Copy the keys and values of a prompt, batch 1, into a row."""
         for number, theirs in enumerate(prompt.layers):
-            if len(self.layers) <= number:
-                self.layers.append(_SlotLayer(self))
-            ours = self.layers[number]
-            assert isinstance(ours, _SlotLayer)
-            ours.put(row, theirs.keys, theirs.values)
+            if len(self._slots) <= number:
+                self._slots.append(_SlotLayer(self))
+            assert isinstance(theirs, CacheLayerMixin)
+            assert theirs.keys is not None and theirs.values is not None
+            self._slots[number].put(row, theirs.keys, theirs.values)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of a row over another row."""
-        for layer in self.layers:
-            layer.keys[target, :, :length] = layer.keys[source, :, :length]
-            layer.values[target, :, :length] = layer.values[source, :, :length]
+        for layer in self._slots:
+            for tensor in (layer.keys, layer.values):
+                assert tensor is not None
+                tensor[target, :, :length] = tensor[source, :, :length]
 
     def begin_step(self, lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Say where the next token of each active row goes: to column lengths[row].

@@ -136,7 +136,7 @@ def self_test(
             ours in fp32, or equal the base's although B is not zero.
     """
     bare = base if isinstance(base, PreTrainedModel) else base()
-    stock = _load(bare, Path(adapter_dir))
+    stock = load_adapted(bare, Path(adapter_dir))
     try:
         with stock.disable_adapter():
             base_logits = probe_logits(stock, input_ids)
@@ -208,7 +208,7 @@ def merge(
     """
     adapter, out = Path(adapter_dir), Path(out_dir)
     with whole_folder(out) as draft:
-        name = base or _adapter_config(adapter).base_model_name_or_path
+        name = base or adapter_config(adapter).base_model_name_or_path
         if not name:
             raise ModelError(
                 f"{adapter} does not name its base model",
@@ -224,12 +224,10 @@ def merge(
             )
         model, tokenizer = load_model(cfg), load_tokenizer(cfg)
         prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
-        adapted = _load(model, adapter)
+        adapted = load_adapted(model, adapter)
         unmerged = probe_logits(adapted, prompt)
         merged = adapted.merge_and_unload(safe_merge=True)
-        # Not merged.to(): it rounds RoPE's frequencies too, and loading the saved model does not.
-        for p in merged.parameters():
-            p.data = p.data.to(getattr(torch, dtype))
+        cast_weights(merged, getattr(torch, dtype))
         difference = (probe_logits(merged, prompt) - unmerged).abs().max().item()
         merged.config.use_cache = True  # load_model turned it off for training
         merged.save_pretrained(draft)
@@ -239,7 +237,17 @@ def merge(
     return report
 
 
-def _adapter_config(adapter: Path) -> PeftConfig:
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters in place, as loading the saved model in `dtype` would.
+
+    Not model.to(): it rounds RoPE's frequencies too, which are buffers.
+    """
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+
+
+def adapter_config(adapter: Path) -> PeftConfig:
+    """The configuration of an adapter's folder. Raises ModelError: a file is missing or damaged."""
     missing = [
         name
         for name in ("adapter_config.json", "adapter_model.safetensors")
@@ -261,9 +269,9 @@ def _adapter_config(adapter: Path) -> PeftConfig:
         ) from error
 
 
-def _load(base: PreTrainedModel, adapter: Path) -> PeftModel:
+def load_adapted(base: PreTrainedModel, adapter: Path) -> PeftModel:
     """Stock PEFT's own loading, with what it merely warns about made an error."""
-    _adapter_config(adapter)
+    adapter_config(adapter)
     try:
         with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
             saved = set(file.keys())

@@ -328,7 +328,7 @@ def test_in_half_precision_the_difference_is_measured_not_judged(base, tmp_path)
 
 
 def test_our_own_layers_do_not_vouch_for_themselves(model, adapter, monkeypatch):
-    monkeypatch.setattr(export, "_load", lambda base, path: model)
+    monkeypatch.setattr(export, "load_adapted", lambda base, path: model)
     with pytest.raises(ModelError, match="not PEFT's own answered: FlexLoraLinear"):
         self_test(adapter, IDS, probe_logits(model, IDS), model.base_model.model)
 
