@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from flex.errors import ModelError
 from flex.evals.generate import Generator, Request, context_of
 from flex.evals.journal import Generated, Key
 from flex.evals.sampling import Sampling
@@ -66,7 +67,15 @@ class HfEngine:
             self._batch_size,
         )
         repeated: dict[Key, Generated] = {}
-        yield from generator.generate(requests, done, repeated.__setitem__)
+        try:
+            yield from generator.generate(requests, done, repeated.__setitem__)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"no memory on the device for {self._batch_size} completions at once",
+                "each keeps the keys and values of its prompt and of --max-new-tokens",
+                "give a smaller --batch-size; what was generated with this one is in the journal, "
+                "so give another --out too",
+            ) from error
         changed = sum(done[key] != made for key, made in repeated.items())
         if changed:
             log.warning(

@@ -8,8 +8,9 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
-from flex.errors import ConfigError, DataError
+from flex.errors import ConfigError, DataError, ModelError
 from flex.evals.journal import journal_path
 from flex.evals.results import load, timing_path
 from flex.evals.run import SamplingPlan
@@ -171,3 +172,13 @@ def test_plans_that_mean_nothing_are_refused():
     with pytest.raises(ConfigError, match="2 samples with temperature 0"):
         SamplingPlan(samples=2)
     assert replace(SamplingPlan(), samples=2, sampling=Sampling(0.2)).samples == 2
+
+
+def test_no_memory_says_what_to_type(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("flex.evals.generate.SlotCache", full)
+    with pytest.raises(ModelError, match="3 completions at once") as told:
+        evaluation().run(tmp_path / "r.json")
+    assert "--batch-size" in told.value.fix

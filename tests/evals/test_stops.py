@@ -102,3 +102,8 @@ def test_each_place_of_a_stop_against_the_whole_text(tokenizer):
 def test_an_empty_stop_is_refused(tokenizer):
     with pytest.raises(ValueError, match="empty"):
         Completion(tokenizer, [5], ("",))
+
+
+def test_a_stop_at_the_very_front(tokenizer):
+    completion, left = fed(tokenizer, " x = 1", (" x",))
+    assert completion.text() == "" and left == len(ids(tokenizer, " = 1"))
