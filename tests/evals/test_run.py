@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flex.errors import ConfigError, DataError, ModelError
+from flex.evals.generate import Generator
 from flex.evals.journal import journal_path
 from flex.evals.results import load, timing_path
 from flex.evals.run import SamplingPlan
@@ -182,3 +183,26 @@ def test_no_memory_says_what_to_type(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="3 completions at once") as told:
         evaluation().run(tmp_path / "r.json")
     assert "--batch-size" in told.value.fix
+
+
+def test_the_engine_repeats_windows_as_they_were_and_says_if_the_bits_changed(whole, caplog):
+    engine, requests = evaluation().engine, evaluation().plan.requests(benchmark())
+    made = dict(engine.generate(requests, {}))
+    first = dict(list(made.items())[:5])  # of a window of 12
+    computed = []
+    inner = Generator._take
+
+    def take(self, row, token):
+        if not row.completion.ids:
+            computed.append(row.job.request.key)
+        return inner(self, row, token)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Generator, "_take", take)
+        assert dict(engine.generate(requests, first)) == {
+            key: value for key, value in made.items() if key not in first
+        }
+    assert len(computed) == 24 and "made again" not in caplog.text
+    spoilt = {key: replace(value, text="other") for key, value in first.items()}
+    list(engine.generate(requests, spoilt))
+    assert "5 of 5 completions that were made again came out otherwise" in caplog.text
