@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-BATCH_SIZE = 32
+BATCH_SIZE = 16
 
 
 def add_system(command: argparse.ArgumentParser) -> None:

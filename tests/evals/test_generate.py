@@ -91,7 +91,7 @@ def test_samples_differ_and_seeds_decide(tiny):
 
 def test_what_is_done_is_not_yielded_and_a_done_window_not_computed(tiny, monkeypatch):
     model, tokenizer = tiny
-    generator = Generator(model, tokenizer, Sampling(1.0), 10, 2)
+    generator = Generator(model, tokenizer, Sampling(1.0), 10, 4)
     wanted = requests(4)  # 24 completions, windows of 8
     whole = list(generator.generate(wanted))
     read = []

@@ -188,7 +188,7 @@ def test_no_memory_says_what_to_type(tmp_path, monkeypatch):
 def test_the_engine_repeats_windows_as_they_were_and_says_if_the_bits_changed(whole, caplog):
     engine, requests = evaluation().engine, evaluation().plan.requests(benchmark())
     made = dict(engine.generate(requests, {}))
-    first = dict(list(made.items())[:5])  # of a window of 12
+    first = dict(list(made.items())[:5])  # of a window of 6
     computed = []
     inner = Generator._take
 
