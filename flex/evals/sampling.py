@@ -85,7 +85,8 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Sequence[float]) -> lis
             "try --dtype float32; if that gives NaN too, the weights are damaged",
         )
     if sampling.greedy:
-        return [int(token) for token in logits.argmax(-1)]
+        greedy: list[int] = logits.argmax(-1).tolist()
+        return greedy
     weights = nucleus(torch.softmax(logits.double() / sampling.temperature, -1), sampling.top_p)
     # In the vocabulary's order, not by size: rounding then moves the borders between tokens by a
     # few ulps, where a sort would swap two tokens of nearly the same probability
@@ -93,7 +94,8 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Sequence[float]) -> lis
     total = steps[:, -1:]
     drawn = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * total
     drawn = torch.minimum(drawn, torch.nextafter(total, torch.zeros_like(total)))
-    return [int(token) for token in torch.searchsorted(steps, drawn, right=True)[:, 0]]
+    tokens: list[int] = torch.searchsorted(steps, drawn, right=True)[:, 0].tolist()
+    return tokens
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

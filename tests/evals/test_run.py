@@ -65,11 +65,11 @@ def test_the_result(whole):
 
 
 @pytest.mark.parametrize("lines", [16, 34])
-def test_killed_it_goes_on_to_the_same_bytes(whole, tmp_path, lines):
+def test_killed_it_goes_on_to_the_same_bytes(whole, tmp_path, repository, lines):
     out = tmp_path / "r.json"
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(out), "0.02"],
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 60
     while child.poll() is None and time.monotonic() < deadline:
