@@ -208,12 +208,18 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _nll(args: argparse.Namespace) -> int:
+    from flex.train import set_up_logging
+
+    set_up_logging()  # before the libraries are imported, which talk while they are
     from flex.evals.measure_commands import nll_command
 
     return nll_command(args)
 
 
 def _merge_check(args: argparse.Namespace) -> int:
+    from flex.train import set_up_logging
+
+    set_up_logging()  # before the libraries are imported, which talk while they are
     from flex.evals.measure_commands import merge_check_command
 
     return merge_check_command(args)

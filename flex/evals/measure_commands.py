@@ -1,4 +1,4 @@
-"""`python -m flex nll` and `merge-check`: load, measure, print."""
+"""`python -m flex nll` and `merge-check`: load, measure, print. Logging is set up by the caller."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from flex.evals.command import check_counts, subject
 from flex.evals.engine import versions
 from flex.evals.merge_check import MergeCheck, check
 from flex.files import write_atomic
-from flex.train import set_up_logging
 
 
 def nll_command(args: argparse.Namespace) -> int:
@@ -31,7 +30,6 @@ def nll_command(args: argparse.Namespace) -> int:
             "give as many to --data as to --benchmark, or none",
         )
     other = nll.load(Path(args.against)) if args.against else None
-    set_up_logging()
     benchmarks = [
         load_benchmark(name, file and Path(file), args.limit)
         for name, file in zip(args.benchmark, files, strict=True)
@@ -80,7 +78,6 @@ def merge_check_command(args: argparse.Namespace) -> int:
             "it compares an adapter with the same adapter merged",
             "give the adapter's folder",
         )
-    set_up_logging()
     benchmark = load_benchmark(args.benchmark, args.data and Path(args.data), args.limit)
     system = subject(args)
     described = system.describe()
