@@ -26,7 +26,7 @@ from .runtime import Shipped
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 TENSOR_MEMORY_LIMIT = 512  # columns, of an sm_100
 TARGETS = tuple(SHARED_LIMIT)
-KERNELS = ("lora_linear", "spectral_penalty", "sophia_update")
+KERNELS = ("lora_linear", "spectral_penalty", "sophia_update", "penalised_update")
 
 MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": r"UTC\w*MMA", "gfx942": "v_mfma"}
 
@@ -65,7 +65,7 @@ class Resources:
 
 
 def all_shipped() -> list[Shipped]:
-    """Every configuration that the three kernels launch, in a fixed order.
+    """Every configuration that the kernels launch, in a fixed order.
 
     Raises: ValueError if two have one name.
     """

@@ -20,7 +20,9 @@ IMPLS = ("auto", "torch", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Kernels that have a Triton implementation, and the dtypes it takes.
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TRITON_KERNELS: frozenset[str] = frozenset({"lora_linear", "spectral_penalty", "sophia_update"})
+TRITON_KERNELS: frozenset[str] = frozenset(
+    {"lora_linear", "spectral_penalty", "sophia_update", "penalised_update"}
+)
 
 
 @dataclass(frozen=True)

@@ -96,13 +96,13 @@ def sophia_update_groups(
         that the implementation does not take. NotImplementedError: see `choose_impl`.
     """
     for group in groups:
-        _check_group(group)
+        check_group(group)
     groups = [group for group in groups if len(group.params)]
     if not groups:
         choose_impl(KERNEL, impl, torch.device("cpu"))
         return torch.zeros((), dtype=torch.int64)
     device = groups[0].params[0].device
-    _check_control(control, device)
+    check_control(control, device)
     chosen = _resolve(impl, device, (t for group in groups for x in group.lists() for t in x))
     with named("sophia_update/update", bytes=lambda: sum(map(_moved, groups))):
         if chosen == "triton":
@@ -299,7 +299,7 @@ def _moved(group: UpdateGroup) -> int:
     return sum(t.nbytes for x in (*lists, group.params, group.exp_avgs) for t in x)
 
 
-def _check_group(group: UpdateGroup) -> None:
+def check_group(group: UpdateGroup) -> None:
     _check_lists(
         params=group.params,
         exp_avgs=group.exp_avgs,
@@ -312,7 +312,7 @@ def _check_group(group: UpdateGroup) -> None:
         raise ValueError(f"eps is {eps}; it must be > 0, or 0/0 makes NaN where nothing is known")
 
 
-def _check_control(control: Tensor | None, device: torch.device) -> None:
+def check_control(control: Tensor | None, device: torch.device) -> None:
     if control is not None:
         found = (tuple(control.shape), control.dtype, control.device)
         wanted = ((CONTROL,), torch.float32, device)

@@ -84,7 +84,7 @@ def _add_block(
 
 
 @triton.jit
-def _piece(owner_ptr, table_ptr, COLUMNS: tl.constexpr):
+def own_piece(owner_ptr, table_ptr, COLUMNS: tl.constexpr):
     """This program's row of the table and its place among the matrix's programs (int64).
 
     volatile, and found anew for the gradient: what is kept through the transform spills.
@@ -118,7 +118,7 @@ def _penalty_kernel(
 ):
     """g += 2 weight C (w - w0) for this program's vectors; partials[program] = weight <w, C w>."""
     pid = tl.program_id(0)
-    row_ptr, piece = _piece(owner_ptr, table_ptr, COLUMNS)
+    row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
     vectors = tl.load(row_ptr + 3)
     SHAPE: tl.constexpr = (q1, q2, Q1, Q2)
     offs_Q1, offs_Q2 = tl.arange(0, Q1), tl.arange(0, Q2)
@@ -135,7 +135,7 @@ def _penalty_kernel(
         re = _load_block(row_ptr, first, mask, 0, W_TYPE, START_TYPE, SHAPE)
         im = _load_block(row_ptr, second, pair, 0, W_TYPE, START_TYPE, SHAPE)
         re, im, energy = circulant_class(re, im, tables, 0, Q1, Q2, PRECISION)
-        row_ptr, piece = _piece(owner_ptr, table_ptr, COLUMNS)
+        row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
         _add_block(row_ptr, first, mask, 2.0 * weight * re, 0, G_TYPE, SHAPE)
         _add_block(row_ptr, second, pair, 2.0 * weight * im, 0, G_TYPE, SHAPE)
     elif SPLIT == 4:
@@ -144,7 +144,7 @@ def _penalty_kernel(
         x2 = _load_block(row_ptr, piece, mask, 2, W_TYPE, START_TYPE, SHAPE)
         x3 = _load_block(row_ptr, piece, mask, 3, W_TYPE, START_TYPE, SHAPE)
         x0, x1, x2, x3, energy = circulant_four(x0, x1, x2, x3, tables, Q1, Q2, PRECISION)
-        row_ptr, piece = _piece(owner_ptr, table_ptr, COLUMNS)
+        row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
         _add_block(row_ptr, piece, mask, 2.0 * weight * x0, 0, G_TYPE, SHAPE)
         _add_block(row_ptr, piece, mask, 2.0 * weight * x1, 1, G_TYPE, SHAPE)
         _add_block(row_ptr, piece, mask, 2.0 * weight * x2, 2, G_TYPE, SHAPE)
@@ -161,7 +161,7 @@ def _penalty_kernel(
         x0, x1, x2, x3, x4, x5, x6, x7, energy = circulant_eight(
             x0, x1, x2, x3, x4, x5, x6, x7, tables, Q1, Q2, PRECISION
         )
-        row_ptr, piece = _piece(owner_ptr, table_ptr, COLUMNS)
+        row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
         _add_block(row_ptr, piece, mask, 2.0 * weight * x0, 0, G_TYPE, SHAPE)
         _add_block(row_ptr, piece, mask, 2.0 * weight * x1, 1, G_TYPE, SHAPE)
         _add_block(row_ptr, piece, mask, 2.0 * weight * x2, 2, G_TYPE, SHAPE)
@@ -250,8 +250,8 @@ def penalty_launch(
         rows.append((*addresses, matrix.count, first, *strides, 0))
         first += count
     _penalty_kernel[(first,)](
-        _owner(counts, w.device),
-        _on_device(tuple(rows), w.device),
+        owners(counts, w.device),
+        on_device(tuple(rows), w.device),
         partials,
         *found.pointers,
         float(weight),
@@ -270,17 +270,19 @@ def sum_launch(partials: Tensor, counts: Sequence[int], order: Sequence[int]) ->
         spans.append((first, first + count, place))
         first += count
     values = partials.new_empty(len(counts))
-    table = _on_device(tuple(spans), partials.device)
+    table = on_device(tuple(spans), partials.device)
     _sum_kernel[(len(counts),)](partials, table, values, BLOCK_N=SUM_BLOCK, num_warps=SUM_WARPS)
     return values
 
 
 @lru_cache(maxsize=64)
-def _owner(counts: tuple[int, ...], device: torch.device) -> Tensor:
+def owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """(programs,) int32: the matrix that a program works on."""
     index = torch.arange(len(counts), dtype=torch.int32)
     return to_device(index.repeat_interleave(torch.tensor(counts)), device)
 
 
 @lru_cache(maxsize=64)  # parameters do not move, and gradients seldom
-def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+def on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """A table as int64 on the device."""
     return to_device(torch.tensor(rows, dtype=torch.int64), device)
