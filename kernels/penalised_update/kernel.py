@@ -42,23 +42,12 @@ HELD_POINTS = 8192
 
 
 @triton.jit
-def _block(
-    row_ptr,
-    which,
-    COLUMN: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SHAPE: tl.constexpr,
-    UNIT: tl.constexpr,
-    HIDDEN: tl.constexpr,
-):
-    """Pointers (Q1, Q2) to block BLOCK of vector `which`. SHAPE: q1, q2, Q1, Q2.
+def _offsets(row_ptr, SHAPE: tl.constexpr, UNIT: tl.constexpr, HIDDEN: tl.constexpr):
+    """offs_Q1 and offs_Q2 of a block. SHAPE: q1, q2, Q1, Q2.
 
-    HIDDEN adds a zero that the compiler cannot know: else it keeps the offsets of p's first load
-    through the transform, and spills.
+    HIDDEN adds a zero that the compiler cannot know: else it keeps what it computed for p's first
+    load through the transform, and spills.
     """
-    pointer = tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
-    stride_v = tl.load(row_ptr + 9)
     offs_Q1, offs_Q2 = tl.arange(0, SHAPE[2]), tl.arange(0, SHAPE[3])
     if HIDDEN:
         zero = tl.load(row_ptr + 11, volatile=True).to(tl.int32)
@@ -66,15 +55,49 @@ def _block(
             zero = tl.multiple_of(zero, 16)
         offs_Q1 += zero
         offs_Q2 += zero
+    return offs_Q1, offs_Q2
+
+
+@triton.jit
+def _inside(row_ptr, SHAPE: tl.constexpr, UNIT: tl.constexpr, HIDDEN: tl.constexpr):
+    """Which elements of a block are not padding."""
+    offs_Q1, offs_Q2 = _offsets(row_ptr, SHAPE, UNIT, HIDDEN)
+    return (offs_Q1[:, None] < SHAPE[0]) & (offs_Q2[None, :] < SHAPE[1])
+
+
+@triton.jit
+def _places(row_ptr, SHAPE: tl.constexpr, UNIT: tl.constexpr, HIDDEN: tl.constexpr):
+    """Offsets (Q1, Q2) within a block, in elements of memory.
+
+    32 bits, which the launcher checks: 64-bit addresses of every element spill.
+    """
+    offs_Q1, offs_Q2 = _offsets(row_ptr, SHAPE, UNIT, HIDDEN)
     place = offs_Q1[:, None] * SHAPE[1] + offs_Q2[None, :]
     if UNIT:
-        pointer = tl.multiple_of(pointer, 16)
-        return pointer + which * tl.multiple_of(stride_v, 16) + BLOCK * SHAPE[0] * SHAPE[1] + place
+        return place
+    else:
+        return place * tl.load(row_ptr + 10).to(tl.int32)
+
+
+@triton.jit
+def _start(
+    row_ptr,
+    which,
+    COLUMN: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """Pointer to the first element of block BLOCK of vector `which` of a tensor."""
+    pointer = tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
+    stride_v = tl.load(row_ptr + 9)
+    if UNIT:
+        pointer, stride_v = tl.multiple_of(pointer, 16), tl.multiple_of(stride_v, 16)
+        return pointer + which * stride_v + BLOCK * SHAPE[0] * SHAPE[1]
     else:
         stride_e = tl.load(row_ptr + 10)
-        start = pointer + which * stride_v + (BLOCK * SHAPE[0] * SHAPE[1]) * stride_e
-        # 32 bits inside a block, which the launcher checks: 64-bit addresses of every element spill
-        return start + place * stride_e.to(tl.int32)
+        return pointer + which * stride_v + (BLOCK * SHAPE[0] * SHAPE[1]) * stride_e
 
 
 @triton.jit
@@ -88,11 +111,13 @@ def _load_block(
     UNIT: tl.constexpr,
 ):
     """Block BLOCK of vector `which`: (p, p - w0), fp32. TYPES: of p, m, h, g, w0 and the copy."""
-    p_ptr = _block(row_ptr, which, 0, TYPES[0], BLOCK, SHAPE, UNIT, False)
+    p_ptr = _start(row_ptr, which, 0, TYPES[0], BLOCK, SHAPE, UNIT)
+    p_ptr += _places(row_ptr, SHAPE, UNIT, False)
     p = tl.load(p_ptr, mask=mask, other=0.0).to(tl.float32)
     w = p
     if TYPES[4] is not None:
-        start_ptr = _block(row_ptr, which, 5, TYPES[4], BLOCK, SHAPE, UNIT, True)
+        start_ptr = _start(row_ptr, which, 5, TYPES[4], BLOCK, SHAPE, UNIT)
+        start_ptr += _places(row_ptr, SHAPE, UNIT, True)
         w = p - tl.load(start_ptr, mask=mask, other=0.0).to(tl.float32)
     return p, w
 
@@ -120,10 +145,11 @@ def _step_block(
     square = tl.sum(tl.sum(tl.where(mask, x * x, 0.0), axis=1), axis=0)
     # the sum makes a block of the flag, because the interpreter cannot spread a boolean
     mask = mask & (tl.zeros((SHAPE[2], SHAPE[3]), tl.float32) + finite != 0.0)
-    p_ptr = _block(row_ptr, which, 0, TYPES[0], BLOCK, SHAPE, UNIT, True)
-    m_ptr = _block(row_ptr, which, 1, TYPES[1], BLOCK, SHAPE, UNIT, True)
-    h_ptr = _block(row_ptr, which, 2, TYPES[2], BLOCK, SHAPE, UNIT, True)
-    g_ptr = _block(row_ptr, which, 3, TYPES[3], BLOCK, SHAPE, UNIT, True)
+    places = _places(row_ptr, SHAPE, UNIT, True)
+    p_ptr = _start(row_ptr, which, 0, TYPES[0], BLOCK, SHAPE, UNIT) + places
+    m_ptr = _start(row_ptr, which, 1, TYPES[1], BLOCK, SHAPE, UNIT) + places
+    h_ptr = _start(row_ptr, which, 2, TYPES[2], BLOCK, SHAPE, UNIT) + places
+    g_ptr = _start(row_ptr, which, 3, TYPES[3], BLOCK, SHAPE, UNIT) + places
     if not HOLDS:
         p = tl.load(p_ptr, mask=mask, other=0.0).to(tl.float32)
     m = tl.load(m_ptr, mask=mask, other=0.0).to(tl.float32)
@@ -133,7 +159,7 @@ def _step_block(
     tl.store(p_ptr, p.to(TYPES[0]), mask=mask)
     tl.store(m_ptr, m.to(TYPES[1]), mask=mask)
     if TYPES[5] is not None:
-        copy_ptr = _block(row_ptr, which, 6, TYPES[5], BLOCK, SHAPE, UNIT, True)
+        copy_ptr = _start(row_ptr, which, 6, TYPES[5], BLOCK, SHAPE, UNIT) + places
         tl.store(copy_ptr, p.to(TYPES[5]), mask=mask)
     return tl.sum(tl.sum((over & mask).to(tl.int32), axis=1), axis=0), square
 
@@ -177,8 +203,7 @@ def _penalised_kernel(
     vectors = tl.load(row_ptr + 7)
     SHAPE: tl.constexpr = (q1, q2, Q1, Q2)
     TYPES: tl.constexpr = (P_TYPE, M_TYPE, H_TYPE, G_TYPE, START_TYPE, COPY_TYPE)
-    offs_Q1, offs_Q2 = tl.arange(0, Q1), tl.arange(0, Q2)
-    mask = (offs_Q1[:, None] < q1) & (offs_Q2[None, :] < q2)
+    mask = _inside(row_ptr, SHAPE, UNIT, False)
     dft1 = stacked_table(dft1_ptr, Q1, PRECISION)
     dft2 = dft1
     if q1 != q2:
@@ -212,6 +237,7 @@ def _penalised_kernel(
         )
         ps, xs = (p0, p1, p2, p3, p4, p5, p6, p7), (x0, x1, x2, x3, x4, x5, x6, x7)
     row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
+    mask = _inside(row_ptr, SHAPE, UNIT, True)
     scalars_ptr += tl.load(row_ptr + 8) * SCALARS
     factor, finite = 1.0, 1.0
     if HAS_CONTROL:
