@@ -224,6 +224,7 @@ def _refusal(
 ) -> Exception | None:
     """Why the kernel cannot take a matrix; None if it can."""
     from ..spectral_penalty.tables import plan, precision_of
+    from .kernel import SPILLING_COLUMNS
 
     if spectrum.transform != "axis":
         return NotImplementedError(
@@ -241,10 +242,16 @@ def _refusal(
                 f"{name} of shape {tuple(t.shape)} has strides {t.stride()}; under impl='triton' "
                 "it must be contiguous; impl='torch' takes any strides"
             )
+    length = p.shape[1] if role == "A" else p.shape[0]
     try:
-        plan(p.shape[1] if role == "A" else p.shape[0], precision_of(spectrum))
+        plan(length, precision_of(spectrum))
     except ValueError as error:
         return error
+    if role == "B" and start is None and length in SPILLING_COLUMNS:
+        return ValueError(
+            f"a B has {length} rows and no start; without one the Triton kernel takes other lengths "
+            "only, as this one's registers spill; use impl='auto' or impl='torch'"
+        )
     return None
 
 
