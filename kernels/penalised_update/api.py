@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ..sophia_update import UpdateGroup, sophia_update_groups
 from ..sophia_update.api import check_control, check_group
 from ..spectral_penalty import Spectrum, spectral_penalty_into
 from ..spectral_penalty.reference import ROLES
+
+if TYPE_CHECKING:  # it imports Triton
+    from .kernel import Item
 
 KERNEL = "penalised_update"
 
@@ -195,13 +199,7 @@ def _by_passes(
 
 def _singles(group: UpdateGroup) -> list[UpdateGroup]:
     """The group's matrices, each as a group."""
-    lists = group.lists()
-    return [
-        UpdateGroup(
-            *([x[i]] for x in lists[:4]), group.scalars, None if len(lists) == 4 else [lists[4][i]]
-        )
-        for i in range(len(group.params))
-    ]
+    return [_like(group, [list(one)]) for one in zip(*group.lists(), strict=True)]
 
 
 def _together(singles: Sequence[UpdateGroup]) -> list[UpdateGroup]:
@@ -210,13 +208,14 @@ def _together(singles: Sequence[UpdateGroup]) -> list[UpdateGroup]:
     for single in singles:
         found.setdefault((single.scalars, single.copies is None), []).append(single)
     return [
-        UpdateGroup(
-            *([one.lists()[k][0] for one in each] for k in range(4)),
-            each[0].scalars,
-            None if each[0].copies is None else [one.lists()[4][0] for one in each],
-        )
-        for each in found.values()
+        _like(each[0], [[x[0] for x in one.lists()] for one in each]) for each in found.values()
     ]
+
+
+def _like(group: UpdateGroup, matrices: Sequence[Sequence[Tensor]]) -> UpdateGroup:
+    """A group with the scalars of another; each matrix is p, m, h, g and, if there is one, the copy."""
+    p, m, h, g, *copies = (list(column) for column in zip(*matrices, strict=True))
+    return UpdateGroup(p, m, h, g, group.scalars, copies[0] if copies else None)
 
 
 def _refusal(
@@ -255,7 +254,7 @@ def _refusal(
     return None
 
 
-def _moved(item: object) -> int:
+def _moved(item: Item) -> int:
     """Bytes that the update of a matrix must move: p, m, h, g and w0 in, p, m and the copy out."""
-    p, m, *rest = (t for t in item.tensors if t is not None)  # type: ignore[attr-defined]
-    return int(2 * (p.nbytes + m.nbytes) + sum(t.nbytes for t in rest))
+    p, m, *rest = (t for t in item.tensors if t is not None)
+    return 2 * (p.nbytes + m.nbytes) + sum(t.nbytes for t in rest)

@@ -225,7 +225,7 @@ def _penalised_kernel(
         p2, x2 = _load_block(row_ptr, piece, mask, 2, TYPES, SHAPE, UNIT)
         p3, x3 = _load_block(row_ptr, piece, mask, 3, TYPES, SHAPE, UNIT)
         x0, x1, x2, x3, energy = circulant_four(x0, x1, x2, x3, tables, Q1, Q2, PRECISION)
-        ps, xs = (p0, p1, p2, p3), (x0, x1, x2, x3)
+        ps, xs = (p0, p1, p2, p3), (x0, x1, x2, x3)  # type: ignore[assignment]
     else:
         p0, x0 = _load_block(row_ptr, piece, mask, 0, TYPES, SHAPE, UNIT)
         p1, x1 = _load_block(row_ptr, piece, mask, 1, TYPES, SHAPE, UNIT)
@@ -238,7 +238,8 @@ def _penalised_kernel(
         x0, x1, x2, x3, x4, x5, x6, x7, energy = circulant_eight(
             x0, x1, x2, x3, x4, x5, x6, x7, tables, Q1, Q2, PRECISION
         )
-        ps, xs = (p0, p1, p2, p3, p4, p5, p6, p7), (x0, x1, x2, x3, x4, x5, x6, x7)
+        ps = (p0, p1, p2, p3, p4, p5, p6, p7)  # type: ignore[assignment]
+        xs = (x0, x1, x2, x3, x4, x5, x6, x7)  # type: ignore[assignment]
     row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
     mask = _inside(row_ptr, SHAPE, UNIT, UNIT)
     scalars_ptr += tl.load(row_ptr + 8) * SCALARS
