@@ -246,10 +246,10 @@ def _refusal(
         plan(length, precision_of(spectrum))
     except ValueError as error:
         return error
-    if role == "B" and start is None and length in SPILLING_COLUMNS:
+    if role == "B" and (length, start is not None) in SPILLING_COLUMNS:
         return ValueError(
-            f"a B has {length} rows and no start; without one the Triton kernel takes other lengths "
-            "only, as this one's registers spill; use impl='auto' or impl='torch'"
+            f"a B has {length} rows and {'no' if start is None else 'a'} start; there the Triton "
+            "kernel's registers spill; use impl='auto' or impl='torch'"
         )
     return None
 

@@ -39,9 +39,9 @@ from ..spectral_penalty.tables import Plan, Tables
 # Padded points of a program up to which p stays in registers: 32 of them per thread. Twice that
 # spills on sm_90 at every length (the kernels report is the proof).
 HELD_POINTS = 8192
-# Lengths whose columns (B) without a start keep one value in local memory on sm_90 (two spill
-# instructions; rows, and columns with a start, have none): not launched.
-SPILLING_COLUMNS = frozenset({13824})
+# Columns (B) that keep one value in local memory on sm_90, two to four spill instructions, by length
+# and whether there is a start; rows have none. They are not launched.
+SPILLING_COLUMNS = frozenset({(13824, False), (14336, True)})
 
 
 @triton.jit

@@ -63,9 +63,8 @@ def shipped() -> list[Shipped]:
             continue
         spec = plan(length, precision)
         for (role, unit), start in product((("A", True), ("B", False)), (False, True)):
-            if not start and (
-                label == "edge" or (role == "B" and length in kernel.SPILLING_COLUMNS)
-            ):
+            spills = role == "B" and (length, start) in kernel.SPILLING_COLUMNS
+            if spills or (label == "edge" and not start):
                 continue
             name = f"{length}-{label}-{role}" + ("-start" if start else "")
             found.append(_config(name, spec, unit, start))

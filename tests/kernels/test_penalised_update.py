@@ -275,11 +275,13 @@ def test_refusals():
         assert torch.equal(odd.params[0], before)
 
 
-def test_columns_that_spill_are_refused():
-    """13824 without a start: what the kernels report found, not a property of the length."""
-    column = UpdateGroup(*([torch.ones(13824, 1)] for _ in range(4)), FIRST)
-    with pytest.raises(ValueError, match=r"13824.*impl='torch'"):
-        penalised_update([column], AXIS, "B", WEIGHT, impl="triton")
+@pytest.mark.parametrize(("length", "start"), ((13824, False), (14336, True)))
+def test_columns_that_spill_are_refused(length, start):
+    """What the kernels report found, not a property of the length."""
+    column = UpdateGroup(*([torch.ones(length, 1)] for _ in range(4)), FIRST)
+    starts = [torch.zeros(length, 1)] if start else None
+    with pytest.raises(ValueError, match=rf"{length}.*impl='torch'"):
+        penalised_update([column], AXIS, "B", WEIGHT, starts=starts, impl="triton")
 
 
 def test_auto_gives_the_rest_to_the_passes(monkeypatch):
