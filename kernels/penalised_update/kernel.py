@@ -36,8 +36,8 @@ from ..spectral_penalty.kernel import NUM_WARPS, on_device, own_piece, owners
 from ..spectral_penalty.kernel import constants as plan_constants
 from ..spectral_penalty.tables import Plan, Tables
 
-# Padded points of a program up to which p stays in registers: 32 of them per thread. Twice that
-# spills on sm_90 at every length (the kernels report is the proof).
+# Padded points of a program up to which p stays in registers: 32 of them per thread. A longer row
+# takes 246 to 255 of sm_90's 255 registers without it (the kernels report), and would need 64 more.
 HELD_POINTS = 8192
 # Columns (B) that keep one value in local memory on sm_90, two to four spill instructions, by length
 # and whether there is a start; rows have none. They are not launched.
