@@ -43,7 +43,11 @@ def eval_command(args: argparse.Namespace) -> int:
     )
     try:
         # The runner first: a sandbox that is not here is said before hours of generating
-        with Runner(benchmark.language, args.workers, args.allow_unsandboxed) as runner:
+        with Runner(
+            benchmark.language,
+            workers=args.workers,
+            allow_unsandboxed=args.allow_unsandboxed,
+        ) as runner:
             evaluation = Evaluation(
                 benchmark,
                 plan,

@@ -57,7 +57,7 @@ def run_python(path: str) -> NoReturn:
 
 def _run(code: types.CodeType, scope: dict[str, object]) -> None:
     # From left to right: the write, the token and the run; the first two wait on the stack meanwhile.
-    os.write(END, _token() + (exec(code, scope) or b""))
+    os.write(END, _token() + (exec(code, scope) or b""))  # type: ignore[func-returns-value]
 
 
 def _token() -> bytes:

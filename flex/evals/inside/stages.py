@@ -43,7 +43,7 @@ def main() -> int:
             namespaces.build_root(spec)
             os._exit(_supervise(spec))
         finally:
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            sys.excepthook(*sys.exc_info())
             os._exit(1)
     os.close(0)
     os.close(1)
@@ -253,7 +253,7 @@ def _become(spec: dict[str, Any], stage: dict[str, Any], descriptors: dict[int, 
         namespaces.prctl(namespaces.DUMPABLE, 1)
         run_python(stage["path"])
     finally:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         os._exit(127)
 
 
