@@ -98,7 +98,10 @@ def table(memory: int) -> dict[str, Language]:
         f"-Xmx{memory >> 21}m", "-cp", f"/tmp/work:{TUPLES}", "FlexLauncher", "{main_class}",
     )  # fmt: skip
     rustc = _rust()
-    launcher = Path(__file__).with_name("java") / "FlexLauncher.java"
+    names = ["FlexLauncher.java", *([] if os.path.exists(TUPLES) else ["Pair.java"])]
+    ours = {
+        name: Path(__file__).with_name("java").joinpath(name).read_text("utf-8") for name in names
+    }
     return {
         "py": Language("", (), "program.py", replace(Stage(memory=memory), path="program.py")),
         "java": Language(
@@ -108,8 +111,8 @@ def table(memory: int) -> dict[str, Language]:
             Stage(java, "", 15.0, 0, resident=memory, processes=96, env=PATH),
             (_compile("/usr/bin/javac", "-proc:none", "-J-XX:TieredStopAtLevel=1", "-J-XX:+UseSerialGC",
                       "-encoding", "UTF8", "-cp", TUPLES, "-d", ".", "Problem.java",
-                      "FlexLauncher.java"),),
-            {"FlexLauncher.java": launcher.read_text("utf-8")},
+                      *names),),
+            ours,
         ),
         "js": Language(
             "node", ("node", "--version"), "program.js",

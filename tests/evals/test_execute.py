@@ -71,3 +71,18 @@ def test_controls(language):
         ]
     assert ends[0] == "passed"
     assert ends[1] in ("compile", "exception", "wrong")
+
+
+@pytest.mark.parametrize("jar", [True, False])
+def test_java_programs_may_use_pairs(monkeypatch, jar):
+    if not jar:
+        monkeypatch.setattr("flex.evals.languages.TUPLES", "/nowhere.jar")
+    source = (
+        "import org.javatuples.*; class Problem { public static void main(String[] a) {"
+        ' assert Pair.with(1, "x").equals(new Pair<Integer, String>(1, "x"));'
+        " assert Pair.with(1, 2).getValue1() == 2; } }"
+    )
+    with Runner("java", allow_unsandboxed=True) as runner:
+        if runner.toolchain is None:
+            pytest.skip("no javac")
+        assert runner.run(Program("java", source)).kind == "passed"
