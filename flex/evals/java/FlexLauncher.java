@@ -21,6 +21,7 @@ public final class FlexLauncher {
                 end.write("wrong".getBytes());
             }
             cause.printStackTrace();
+            System.err.println(cause); // last, where the kept end of the text has it
             Runtime.getRuntime().halt(1);
         }
         end.write(token);
