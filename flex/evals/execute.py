@@ -9,9 +9,10 @@ from types import TracebackType
 from typing import TypeVar
 
 from flex.errors import DataError
+from flex.evals.java_compiler import JavaCompiler
 from flex.evals.journal import Outcome
-from flex.evals.languages import main_class, table, version
-from flex.evals.sandbox import Report, Sandbox
+from flex.evals.languages import PATH, TUPLES, main_class, table, toolchain
+from flex.evals.sandbox import Report, Sandbox, Stage
 from flex.evals.tasks import Program
 
 K = TypeVar("K")
@@ -38,7 +39,8 @@ class Runner:
         toolchain: its version line; None if it is missing, and every run then says "missing".
 
     Raises:
-        DataError: unknown language, or nothing isolates and `allow_unsandboxed` is False.
+        DataError: unknown language, nothing isolates and `allow_unsandboxed` is False, or an empty
+            program does not pass.
     """
 
     def __init__(
@@ -60,9 +62,15 @@ class Runner:
         self.language = language
         self._language = languages[language]
         self._seconds, self._workers = seconds, workers
-        self.toolchain, self._missing = version(self._language)
-        self._sandbox = Sandbox(allow_unsandboxed, self._language.readable())
+        self._tools = toolchain(self._language)
+        self.toolchain = self._tools.version
+        self._sandbox = Sandbox(allow_unsandboxed, self._tools.readable)
         self.level = self._sandbox.level
+        self._java: JavaCompiler | None = None
+        if self._language.java and self.toolchain is not None:
+            self._java = JavaCompiler(self._sandbox, self._tools.tools["java"], TUPLES, PATH)
+        if self.toolchain is not None:
+            self._try_out()
 
     def __enter__(self) -> Runner:
         return self
@@ -76,7 +84,9 @@ class Runner:
         self.close()
 
     def close(self) -> None:
-        """Nothing outlives a run."""
+        """End the Java compiler; nothing else outlives a run."""
+        if self._java is not None:
+            self._java.close()
 
     def run(self, program: Program) -> Outcome:
         """Compile and run; "passed" if it ran to the end of its source and exited with 0."""
@@ -99,26 +109,51 @@ class Runner:
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running.pop(done), done.result()
 
+    def _try_out(self) -> None:
+        outcome = self.run(Program(self.language, self._language.trial))
+        if outcome.kind != "passed":
+            self.close()
+            tools = ", ".join(self._tools.tools.values()) or self.toolchain
+            raise DataError(
+                f"{tools}: an empty program does not pass ({outcome.kind}: {outcome.detail})",
+                "every completion would be judged wrong",
+                "mend the tool chain, or try another sandbox: install bubblewrap",
+            )
+
     def _judge(self, program: Program, run: bool) -> Outcome:
         if self.toolchain is None:
-            return Outcome("missing", 0.0, self._missing)
+            return Outcome("missing", 0.0, self._tools.missing)
         if program.language != self.language:
             raise ValueError(f"a program in {program.language}, the runner is for {self.language}")
         try:
             source = program.source.encode()
         except UnicodeEncodeError as error:
             return Outcome("compile", 0.0, f"the source is not valid text: {error}")
-        known = self._language
-        files = {name: text.encode() for name, text in known.files.items()} | {known.name: source}
-        argv = tuple(part.format(main_class=main_class(program)) for part in known.run.argv)
-        seconds = program.seconds or self._seconds or known.run.seconds
-        last = replace(known.run, argv=argv, seconds=seconds)
-        stages = [*known.compile, *([last] if run else [])]
+        files = {name: text.encode() for name, text in self._language.files.items()}
+        if self._java is None:
+            files[self._language.name] = source
+        else:
+            try:
+                found = self._java.compile({f"{main_class(program)}.java": program.source})
+            except TimeoutError as error:
+                return Outcome("timeout", 0.0, str(error))
+            classes, messages = found
+            if classes is None:
+                return Outcome("compile", 0.0, _tail(messages))
+            files |= classes | self._java.classes
+        compiling = self._language.compile
+        stages = [*compiling, *([self._last(program)] if run else [])]
         if not stages:
             return Outcome("passed", 0.0)
-        report = self._sandbox.run(files, stages)
-        compiling = 0 <= report.stage < len(known.compile)
-        return Outcome(_kind(report, compiling, run), round(report.seconds, 4), _detail(report))
+        report = self._sandbox.run(files, [self._tools.locate(stage) for stage in stages])
+        kind = _kind(report, 0 <= report.stage < len(compiling), run)
+        return Outcome(kind, round(report.seconds, 4), _detail(report))
+
+    def _last(self, program: Program) -> Stage:
+        stage = self._language.run
+        argv = tuple(part.format(main_class=main_class(program)) for part in stage.argv)
+        seconds = program.seconds or self._seconds or stage.seconds
+        return replace(stage, argv=argv, seconds=seconds)
 
 
 def _kind(report: Report, compiling: bool, run: bool) -> str:
@@ -142,6 +177,10 @@ def _kind(report: Report, compiling: bool, run: bool) -> str:
 def _detail(report: Report) -> str:
     if report.status == 0 and report.ended and not report.why:
         return ""
-    text = report.err.replace("\x00", "").strip()[-DETAIL:]
+    text = _tail(report.err)
     early = "exit 0 before the end of the program" if report.status == 0 else ""
     return report.why or text or early or f"exit status {report.status}"
+
+
+def _tail(text: str) -> str:
+    return text.replace("\x00", "").strip()[-DETAIL:]

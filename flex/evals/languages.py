@@ -13,9 +13,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from flex.evals.sandbox import Stage
 from flex.evals.tasks import Program
@@ -66,15 +65,41 @@ builtin printf %s "$flex_token" >&3
 
 @dataclass(frozen=True)
 class Language:
-    """`probe` prints a version line; `stages(tool, main_class)` compile and run `files` and `name`."""
+    """How programs of a language are judged.
 
-    tool: str
+    Attributes:
+        tools: what must be installed; the first one says its version when called with `probe`.
+        name: file of the program.
+        run, compile: stages; a command without a slash is a tool.
+        files: further files beside the program.
+        trial: a program that passes wherever the tools work.
+        java: compiled by java_compiler.py in place of a stage.
+    """
+
+    tools: tuple[str, ...]
     probe: tuple[str, ...]
     name: str
     run: Stage
     compile: tuple[Stage, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
-    readable: Callable[[], tuple[str, ...]] = tuple
+    trial: str = ""
+    java: bool = False
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """Where the tools are, what a sandbox must show for them, their version line; or what is `missing`."""
+
+    tools: Mapping[str, str] = field(default_factory=dict)
+    readable: tuple[str, ...] = ()
+    version: str | None = None
+    missing: str = ""
+
+    def locate(self, stage: Stage) -> Stage:
+        """The stage with the path of its tool."""
+        if not stage.argv:
+            return stage
+        return replace(stage, argv=(self.tools.get(stage.argv[0], stage.argv[0]), *stage.argv[1:]))
 
 
 def _limits(argv: tuple[str, ...], seconds: float, memory: int, **more: int) -> Stage:
@@ -85,73 +110,74 @@ def _compile(*argv: str, memory: int = 0) -> Stage:
     return Stage(argv, "", COMPILE_SECONDS, memory, resident=3 << 30, processes=128, env=PATH)
 
 
-def _rust() -> str:
-    """rustc itself, not rustup's proxy, which needs a home folder."""
-    found = sorted(glob.glob(os.path.expanduser("~/.rustup/toolchains/*/bin/rustc")))
-    return found[-1] if found else "/usr/bin/rustc"
-
-
 def table(memory: int) -> dict[str, Language]:
     """The languages; `memory` limits each run, in bytes."""
     java = (
-        "/usr/bin/java", "-ea", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xshare:auto",
-        f"-Xmx{memory >> 21}m", "-cp", f"/tmp/work:{TUPLES}", "FlexLauncher", "{main_class}",
-    )  # fmt: skip
-    rustc = _rust()
-    names = ["FlexLauncher.java", *([] if os.path.exists(TUPLES) else ["Pair.java"])]
-    ours = {
-        name: Path(__file__).with_name("java").joinpath(name).read_text("utf-8") for name in names
-    }
+        *("java", "-ea", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xshare:auto"),
+        *(f"-Xmx{memory >> 21}m", "-cp", f"/tmp/work:{TUPLES}", "FlexLauncher", "{main_class}"),
+    )
     return {
-        "py": Language("", (), "program.py", replace(Stage(memory=memory), path="program.py")),
+        "py": Language((), (), "program.py", replace(Stage(memory=memory), path="program.py")),
         "java": Language(
-            "javac",
-            ("java", "-version"),
-            "Problem.java",
-            Stage(java, "", 15.0, 0, resident=memory, processes=96, env=PATH),
-            (_compile("/usr/bin/javac", "-proc:none", "-J-XX:TieredStopAtLevel=1", "-J-XX:+UseSerialGC",
-                      "-encoding", "UTF8", "-cp", TUPLES, "-d", ".", "Problem.java",
-                      *names),),
-            ours,
+            ("java", "javac"), ("-version",), "",
+            Stage(java, "", 15.0, 0, resident=memory, processes=96, env=PATH), java=True,
+            trial="class Problem { public static void main(String[] a) { } }",
         ),
         "js": Language(
-            "node", ("node", "--version"), "program.js",
-            Stage(("/usr/bin/node", "launcher.js"), "", 10.0, 0, resident=memory, env=PATH),
+            ("node",), ("--version",), "program.js",
+            Stage(("node", "launcher.js"), "", 10.0, 0, resident=memory, env=PATH),
             files={"launcher.js": LAUNCHER_JS},
         ),
         "cpp": Language(
-            "g++", ("g++", "--version"), "program.cpp", _limits(("./program",), 15.0, memory),
-            (_compile("/usr/bin/gcc", "-c", "harness.c"),
-             _compile("/usr/bin/g++", "-std=c++17", "program.cpp", "harness.o", "-Wl,--wrap=main", "-o", "program")),
-            {"harness.c": HARNESS_C},
+            ("g++", "gcc"), ("--version",), "program.cpp", _limits(("./program",), 15.0, memory),
+            (_compile("gcc", "-c", "harness.c"),
+             _compile("g++", "-std=c++17", "program.cpp", "harness.o", "-Wl,--wrap=main", "-o", "program")),
+            {"harness.c": HARNESS_C}, "int main() { return 0; }",
         ),
         "rs": Language(
-            rustc, (rustc, "--version"), "program.rs", _limits(("./program",), 10.0, memory),
-            (_compile("/usr/bin/gcc", "-c", "harness.c"),
-             _compile(rustc, "program.rs", "-C", "link-arg=harness.o", "-C", "link-arg=-Wl,--wrap=main",
+            ("rustc", "gcc"), ("--version",), "program.rs", _limits(("./program",), 10.0, memory),
+            (_compile("gcc", "-c", "harness.c"),
+             _compile("rustc", "program.rs", "-C", "link-arg=harness.o", "-C", "link-arg=-Wl,--wrap=main",
                       "-o", "program")),
-            {"harness.c": HARNESS_C},
-            lambda: (os.path.dirname(os.path.dirname(rustc)),) if "/.rustup/" in rustc else (),
+            {"harness.c": HARNESS_C}, "fn main() { }",
         ),
-        "sh": Language("bash", ("bash", "--version"), "program.sh",
-                       _limits(("/usr/bin/bash", "launcher.sh"), 15.0, memory),
+        "sh": Language(("bash",), ("--version",), "program.sh",
+                       _limits(("bash", "launcher.sh"), 15.0, memory),
                        files={"launcher.sh": LAUNCHER_SH}),
-        "pl": Language("perl", ("perl", "-MTest::Deep", "-e", "print $^V"), "program.pl",
-                       _limits(("/usr/bin/perl", "launcher.pl"), 15.0, memory),
+        "pl": Language(("perl",), ("-MTest::Deep", "-e", "print $^V"), "program.pl",
+                       _limits(("perl", "launcher.pl"), 15.0, memory),
                        files={"launcher.pl": LAUNCHER_PL}),
     }  # fmt: skip
 
 
-def version(language: Language) -> tuple[str | None, str]:
-    """The first line that the tool chain says about itself, or None and what is missing."""
-    if not language.tool:
-        return f"Python {platform.python_version()}", ""
-    if not shutil.which(language.tool):
-        return None, f"{language.tool} is not installed"
-    done = subprocess.run(language.probe, capture_output=True, text=True, timeout=60)
+def toolchain(language: Language) -> Toolchain:
+    """Find the tools of a language; what is missing is said, never guessed."""
+    if not language.tools:
+        return Toolchain(version=f"Python {platform.python_version()}")
+    tools, readable = {}, []
+    for name in language.tools:
+        path = _rustc() if name == "rustc" else shutil.which(name)
+        if path is None:
+            return Toolchain(missing=f"{name} is not installed")
+        tools[name] = os.path.realpath(path)
+        folder = os.path.dirname(os.path.dirname(tools[name]))
+        if folder in ("/", os.path.expanduser("~")):
+            why = f"{tools[name]}: programs would see all of {folder}"
+            return Toolchain(missing=f"{why}; install {name} in a folder of its own")
+        if not folder.startswith("/usr"):
+            readable.append(folder)
+    command = [tools[language.tools[0]], *language.probe]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode:
-        return None, f"{' '.join(language.probe)} fails: {done.stderr.strip()[:200]}"
-    return (done.stdout or done.stderr).splitlines()[0], ""
+        return Toolchain(missing=f"{' '.join(command)} fails: {done.stderr.strip()[:200]}")
+    line = (done.stdout or done.stderr).splitlines()[0]
+    return Toolchain(tools, tuple(readable), line)
+
+
+def _rustc() -> str | None:
+    """rustc itself, not rustup's proxy, which needs a home folder."""
+    found = sorted(glob.glob(os.path.expanduser("~/.rustup/toolchains/*/bin/rustc")))
+    return found[-1] if found else shutil.which("rustc")
 
 
 def main_class(program: Program) -> str:

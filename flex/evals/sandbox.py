@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import glob
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from flex.errors import DataError
+
+log = logging.getLogger("flex.evals")
 
 INSIDE = Path(__file__).with_name("inside")
 LEVELS = ("bwrap", "unshare")
@@ -119,29 +122,51 @@ class Sandbox:
     def run(self, files: Mapping[str, bytes], stages: Sequence[Stage]) -> Report:
         """Run the stages one after another, until one fails, in a folder with `files`.
 
-        Thread-safe. A supervisor that gives no report counts as a run that failed.
+        Thread-safe. A supervisor that gives no report is tried once more, then the run has failed.
         """
+        report = self._run(files, stages)
+        if report is None:  # what runs inside cannot do that: the machine was short of something
+            log.warning("the sandbox gave no report; once more")
+            report = self._run(files, stages)
+        if report is None:
+            log.warning("the sandbox gave no report again; the program counts as failed")
+            return Report(-1, 1, 0.0, "", False, "", "the sandbox gave no report", "")
+        return report
+
+    def _run(self, files: Mapping[str, bytes], stages: Sequence[Stage]) -> Report | None:
         token = secrets.token_hex(16)
         with tempfile.TemporaryDirectory(prefix="flex-run-") as folder:
             work = folder if self.level == NONE else "/tmp/work"
             process = self._start(self._spec(files, stages, work))
             seconds = sum(stage.seconds for stage in stages) + GRACE
-            assert process.stdin is not None
+            late = False
             try:
                 out, err = process.communicate(token.encode(), timeout=seconds)
             except subprocess.TimeoutExpired:
-                out, err = b"", b""
+                out, err, late = b"", b"", True
             finally:
                 process.kill()
                 process.wait()
         try:
             report = json.loads(out)
         except ValueError:
-            why = "" if err else "timeout"
-            text = err[-2000:].decode("utf-8", "replace")
-            return Report(-1, 1, seconds, why, False, "", f"the sandbox gave no report: {text}", "")
+            if late:
+                return Report(-1, 1, seconds, "timeout", False, "", "", "")
+            log.debug("the sandbox: %s", err[-2000:].decode("utf-8", "replace"))
+            return None
         said = report.pop("end")
         return Report(ended=token in said, said=said.replace(token, ""), **report)
+
+    def serve(
+        self, files: Mapping[str, bytes], stage: Stage, folder: str
+    ) -> subprocess.Popen[bytes]:
+        """Start one stage that answers on its standard output what it is asked on its input.
+
+        Of the limits, only those of one process are kept. `folder` is where it works without a sandbox.
+        """
+        work = folder if self.level == NONE else "/tmp/work"
+        spec = {**self._spec(files, [stage], work), "server": True}
+        return self._start(spec, subprocess.DEVNULL)
 
     def _spec(
         self, files: Mapping[str, bytes], stages: Sequence[Stage], work: str
@@ -162,14 +187,16 @@ class Sandbox:
             "stages": [asdict(stage) for stage in stages],
         }
 
-    def _start(self, spec: dict[str, Any]) -> subprocess.Popen[bytes]:
+    def _start(
+        self, spec: dict[str, Any], stderr: int = subprocess.PIPE
+    ) -> subprocess.Popen[bytes]:
         inside = "/inside" if self.level == "bwrap" else str(INSIDE)
         python = [os.path.realpath(sys.executable), "-S", "-s", inside]
         process = subprocess.Popen(
             [*self._bwrap(), *python],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             env={"PYTHONHASHSEED": "0"},
             start_new_session=True,
         )

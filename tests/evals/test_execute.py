@@ -76,6 +76,7 @@ def test_controls(language):
 @pytest.mark.parametrize("jar", [True, False])
 def test_java_programs_may_use_pairs(monkeypatch, jar):
     if not jar:
+        monkeypatch.setattr("flex.evals.execute.TUPLES", "/nowhere.jar")
         monkeypatch.setattr("flex.evals.languages.TUPLES", "/nowhere.jar")
     source = (
         "import org.javatuples.*; class Problem { public static void main(String[] a) {"
@@ -86,3 +87,71 @@ def test_java_programs_may_use_pairs(monkeypatch, jar):
         if runner.toolchain is None:
             pytest.skip("no javac")
         assert runner.run(Program("java", source)).kind == "passed"
+
+
+def java(body: str, rest: str = "") -> Program:
+    source = f"class Problem {{ public static void main(String[] a) {{ {body} }} {rest} }}"
+    return Program("java", source, main_class="Problem")
+
+
+@pytest.fixture(scope="module")
+def jvm():
+    with Runner("java", allow_unsandboxed=True) as made:
+        if made.toolchain is None:
+            pytest.skip("no javac")
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("body", "rest", "kind"),
+    [
+        ("assert 1 + 1 == 2;", "", "passed"),
+        ("assert 1 + 1 == 3;", "", "wrong"),
+        ("int x = null;", "", "compile"),
+        ("throw new IllegalStateException();", "", "exception"),
+        ("new Inner().f.run();", "static class Inner { Runnable f = () -> {}; }", "passed"),
+    ],
+)
+def test_java_ends(jvm, body, rest, kind):
+    outcome = jvm.run(java(body, rest))
+    assert outcome.kind == kind
+    assert kind != "compile" or "incompatible types" in outcome.detail
+
+
+def test_java_classes_of_one_program_are_not_seen_by_the_next(jvm):
+    assert jvm.run(java("", "static class Left {} } class Other {")).kind == "passed"
+    assert jvm.run(java("new Other();")).kind == "compile"
+
+
+def test_the_java_compiler_is_started_anew_when_it_dies_or_hangs(jvm):
+    compiler = jvm._java
+    compiler._process.kill()
+    assert jvm.compile_only(java("")).detail == "the compiler died"
+    assert jvm.run(java("")).kind == "passed"
+    with pytest.raises(TimeoutError):
+        compiler.compile({"A.java": "class A {}"}, seconds=0.0)
+    assert jvm.run(java("")).kind == "passed"
+
+
+def test_compile_only_runs_nothing(jvm, runner):
+    assert jvm.compile_only(java("assert false;")).kind == "passed"
+    assert jvm.compile_only(java("int x = null;")).kind == "compile"
+    assert runner.compile_only(Program("py", "assert False")).kind == "passed"
+
+
+def test_a_missing_tool_chain_is_said(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "node" else f"/bin/{name}")
+    with Runner("js", allow_unsandboxed=True) as runner:
+        assert runner.toolchain is None
+        outcome = runner.run(Program("js", ""))
+        assert (outcome.kind, outcome.detail) == ("missing", "node is not installed")
+
+
+def test_a_tool_chain_that_does_not_work_in_the_sandbox_is_an_error(monkeypatch, tmp_path):
+    broken = tmp_path / "bin" / "node"
+    broken.parent.mkdir()
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo v20 || exit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{broken.parent}:{os.environ['PATH']}")
+    with pytest.raises(DataError, match="node"):
+        Runner("js", allow_unsandboxed=True)

@@ -55,7 +55,9 @@ def _supervise(spec: dict[str, Any]) -> int:
     work = spec["work"]
     os.makedirs(work, exist_ok=True)
     for name, text in spec["files"].items():
-        with open(os.path.join(work, name), "wb") as file:
+        path = os.path.join(work, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
             file.write(base64.b64decode(text))
     if spec["drop"] and os.geteuid() == 0:
         os.chown(work, namespaces.NOBODY, namespaces.NOBODY)
