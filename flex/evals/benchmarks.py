@@ -29,7 +29,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 _BUILTIN = ("builtin-python", "builtin-java")
 PLAIN = (
-    *("humaneval", "mbpp", "mbpp-all", *apps.NAMES),
+    *(*humaneval.NAMES, "mbpp", "mbpp-all", *apps.NAMES),
     *(*_BUILTIN, *(f"{name}-validation" for name in _BUILTIN)),
 )
 # As shown to users; LANG is one of LANGUAGES or ALIASES.
@@ -58,7 +58,7 @@ def load_benchmark(name: str, data: Path | None = None, limit: int | None = None
         benchmark = mxeval.load_humaneval_x(name, language, data)
     elif family == "mbxp":
         benchmark = mxeval.load_mbxp(name, language, data)
-    elif name == "humaneval":
+    elif name in humaneval.NAMES:
         benchmark = humaneval.load(name, data)
     elif name.startswith("mbpp"):
         benchmark = mbpp.load(name, data)

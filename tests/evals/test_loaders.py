@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,20 @@ def refused(name: str, data: Path | None = None) -> str:
 def test_humaneval_is_judged_by_the_check_of_its_row(tmp_path: Path, name: str):
     benchmark = load_benchmark("humaneval", write(tmp_path / name, HUMANEVAL))
     (task,) = benchmark.tasks
-    assert task.prompt == HUMANEVAL["prompt"]  # not stripped
+    assert HUMANEVAL["prompt"].endswith("\n")
+    assert task.prompt == HUMANEVAL["prompt"].strip() and task.before == HUMANEVAL["prompt"]
     assert run(task, task.solution or "") == ""
     assert "AssertionError" in run(task, "    return x + 3\n")
     assert task.reference == (HUMANEVAL["prompt"], HUMANEVAL["canonical_solution"])
     assert benchmark.source["file"] == name and len(benchmark.source["sha256"]) == 64
+
+
+def test_humaneval_unstripped_differs_in_the_prompt_alone_and_says_so(tmp_path: Path):
+    data = write(tmp_path / "HumanEval.jsonl", HUMANEVAL)
+    whole, stripped = (load_benchmark(n, data) for n in ("humaneval-unstripped", "humaneval"))
+    assert whole.tasks[0].prompt == HUMANEVAL["prompt"]
+    assert whole.protocol["prompt"] != stripped.protocol["prompt"]
+    assert replace(whole.tasks[0], prompt=stripped.tasks[0].prompt) == stripped.tasks[0]
 
 
 def test_mbpp_runs_the_setup_between_solution_and_asserts(tmp_path: Path):
