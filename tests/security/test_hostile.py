@@ -1,17 +1,18 @@
 """Programs that attack: all are contained, none passes, none survives."""
 
-import os
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from flex.errors import DataError
 from flex.evals.execute import Runner
+from flex.evals.journal import Outcome
 from flex.evals.sandbox import LEVELS, Sandbox
 from flex.evals.tasks import Program
 
 MARK = "flex-hostile-survivor"
-FORK = "import os, time\n"
 HOSTILE = {
     "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
     "8 GB": "x = bytearray(8 << 30)",
@@ -21,12 +22,15 @@ HOSTILE = {
     "network": "import socket\nsocket.create_connection(('1.1.1.1', 53), 1)",
     "home": "import os\nos.listdir('/root')\nassert os.listdir('/home')",
     "environment": "import os\nassert 'FLEX_SECRET' in os.environ",
-    "parent's environment": "assert b'FLEX_SECRET' in open('/proc/1/environ', 'rb').read()",
+    "every environment": "import glob, os\nseen = b''\nfor path in glob.glob('/proc/[0-9]*/environ'):\n"
+    "    try: seen += open(path, 'rb').read()\n    except OSError: pass\nassert b'FLEX_SECRET' in seen",
+    "parent's files": f"assert open({__file__!r}).read()",
     "write outside": "open('/usr/flex', 'w')",
     "kill the supervisor": "import os\nos.kill(1, 9)\nos.kill(os.getppid(), 9)\nassert False",
     "kill all": "import os\nos.kill(-1, 9)\nassert False",
-    "daemon": FORK + "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
-    f"        open('/proc/self/comm', 'w').write('{MARK[:15]}')\n        time.sleep(60)\nassert False",
+    "daemon": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+    f"        os.execv('/usr/bin/python3', ['{MARK}', '-c', 'import time; time.sleep(99)'])\n"
+    "time.sleep(0.5)\nassert False",
     "SIGTERM": "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nwhile True: time.sleep(9)",
     "exit 0": "import os\nos._exit(0)\nassert False",
     "SystemExit": "raise SystemExit(0)",
@@ -70,16 +74,29 @@ def test_contained(runner, name, monkeypatch):
     assert time.monotonic() - begin < 1 + 2
 
 
-def test_none_survives(runner):
-    runner.run(Program("py", HOSTILE["daemon"]))
-    names = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+def alive() -> bool:
+    """Whether the daemon runs: its mark is its argv[0], and we see the sandbox's processes."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            with open(f"/proc/{pid}/comm") as file:
-                names.append(file.read().strip())
+            if path.read_bytes().startswith(MARK.encode()):
+                return True
         except OSError:
             continue
-    assert MARK[:15] not in names
+    return False
+
+
+def test_none_survives(runner):
+    outcome: list[Outcome] = []
+    run = threading.Thread(
+        target=lambda: outcome.append(runner.run(Program("py", HOSTILE["daemon"])))
+    )
+    run.start()
+    seen = False
+    while run.is_alive():
+        seen = seen or alive()
+        time.sleep(0.02)
+    assert outcome[0].kind == "wrong"
+    assert seen and not alive()
 
 
 @pytest.mark.parametrize(

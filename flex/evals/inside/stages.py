@@ -209,22 +209,25 @@ def _kill_stage(spec: dict[str, Any], child: int) -> None:
             os.kill(-1, signal.SIGKILL)
         return
     os.kill(child, signal.SIGKILL)
-    _kill_rest(spec)
+    _kill_rest(spec, child)
 
 
-def _kill_rest(spec: dict[str, Any]) -> None:
-    """End what a stage left behind; in a name space of its own the kernel does it when we end."""
+def _kill_rest(spec: dict[str, Any], child: int = 0) -> None:
+    """End what a stage left behind; in a name space of its own the kernel does it when we end.
+
+    `child`, already killed, is left for the watch to collect.
+    """
     if spec["drop"]:
         return
     for _ in range(100):  # a fork bomb may need more than one sweep
-        if not (others := _others(spec)):
+        others = [pid for pid in _others(spec) if pid != child]
+        if not others:
             return
         for pid in others:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
 
 
