@@ -6,6 +6,7 @@ a javac each is a minute and a half of two cores.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import subprocess
@@ -79,25 +80,38 @@ class JavaCompiler:
         A compiler that does not answer within `seconds` is ended and started anew: TimeoutError.
         """
         with self._lock:
-            process = self._process or self._start()
-            late = threading.Event()
+            for _ in range(2):  # a compiler that was killed for reasons of its own is no verdict
+                found = self._try(sources, seconds)
+                if found is not None:
+                    return found
+        return None, "the compiler died twice"
 
-            def end() -> None:
-                late.set()
-                process.kill()
+    def _try(
+        self, sources: Mapping[str, str], seconds: float
+    ) -> tuple[dict[str, bytes] | None, str] | None:
+        """What `compile` returns; None if the compiler died."""
+        process = self._process or self._start()
+        late = threading.Event()
 
-            timer = threading.Timer(seconds, end)
-            timer.start()
-            try:
-                _ask(process, {**self._own, **sources})
-                return _answer(process)
-            except (EOFError, BrokenPipeError):
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        found = None
+        try:
+            _ask(process, {**self._own, **sources})
+            found = _answer(process)
+        except (EOFError, BrokenPipeError):
+            pass
+        finally:
+            timer.cancel()
+            if found is None or late.is_set():
                 self._stop()
-                if late.is_set():
-                    raise TimeoutError(f"compiling took more than {seconds:g} s") from None
-                return None, "the compiler died"
-            finally:
-                timer.cancel()
+        if found is None and late.is_set():
+            raise TimeoutError(f"compiling took more than {seconds:g} s")
+        return found
 
     def close(self) -> None:
         """End the JVM."""
@@ -122,7 +136,8 @@ class JavaCompiler:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 assert stream is not None
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # what was not written yet
+                    stream.close()
 
 
 def _source(name: str) -> str:

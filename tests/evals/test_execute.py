@@ -123,13 +123,26 @@ def test_java_classes_of_one_program_are_not_seen_by_the_next(jvm):
     assert jvm.run(java("new Other();")).kind == "compile"
 
 
-def test_the_java_compiler_is_started_anew_when_it_dies_or_hangs(jvm):
-    compiler = jvm._java
-    compiler._process.kill()
-    assert jvm.compile_only(java("")).detail == "the compiler died"
+def test_the_java_compiler_is_started_anew_when_it_dies_or_hangs(jvm, monkeypatch):
+    first = jvm._java._process
+    first.kill()
+    first.wait()
     assert jvm.run(java("")).kind == "passed"
+    monkeypatch.setattr("flex.evals.java_compiler._ask", lambda *_: None)  # so no answer comes
     with pytest.raises(TimeoutError):
-        compiler.compile({"A.java": "class A {}"}, seconds=0.0)
+        jvm._java.compile({}, seconds=0.2)
+    monkeypatch.undo()
+    assert jvm.run(java("")).kind == "passed"
+
+
+def test_a_program_that_kills_the_compiler_twice_does_not_compile(jvm, monkeypatch):
+    def dies(process):
+        raise EOFError
+
+    monkeypatch.setattr("flex.evals.java_compiler._answer", dies)
+    outcome = jvm.run(java(""))
+    assert (outcome.kind, outcome.detail) == ("compile", "the compiler died twice")
+    monkeypatch.undo()
     assert jvm.run(java("")).kind == "passed"
 
 
