@@ -55,7 +55,7 @@ def test_an_unknown_language_names_the_known():
         Runner("cobol")
 
 
-@pytest.mark.parametrize("language", ["java", "js", "cpp", "rs", "sh", "pl"])
+@pytest.mark.parametrize("language", ["py", "java", "js", "cpp", "rs", "sh", "pl"])
 def test_controls(language):
     folder = os.environ.get("FLEX_DATA")
     if not folder:
