@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--kernels",
         action="store_true",
-        help="what the compiler made of the Triton kernels, for GPUs that need not be here",
+        help="each kernel's error and time here; without a GPU also what the compiler made of it",
     )
     return parser
 
@@ -233,9 +233,15 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     if args.kernels:
-        from flex.kernel_report import main as report_kernels
+        import torch
 
-        return report_kernels([])
+        from flex import kernel_check, kernel_report
+
+        failed = kernel_check.main()
+        if torch.cuda.is_available():
+            return failed
+        print("\nWhat a GPU would run, as compiled here:", flush=True)
+        return kernel_report.main([]) or failed
     from flex.doctor import report
 
     for label, value in report():

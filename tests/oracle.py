@@ -1,23 +1,13 @@
-"""How close a kernel must come to the truth: one error budget for all of them."""
+"""How close a kernel must come to the truth, as an assertion. The budget itself is flex.kernels.budget."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from flex.kernels.budget import error_budget, max_error
 
-def max_error(actual: Tensor, reference: Tensor) -> float:
-    """Largest absolute difference, taken in fp64; infinite where `actual` is not finite."""
-    if actual.numel() == 0:
-        return 0.0
-    difference = (actual.double() - reference.double()).abs()
-    return float(torch.where(difference.isfinite(), difference, torch.inf).max())
-
-
-def error_budget(eager: Tensor, reference: Tensor) -> float:
-    """2 x (error of the plain computation in the same dtype + eps(dtype) x max |reference|)."""
-    largest = float(reference.abs().max()) if reference.numel() else 0.0
-    return 2 * (max_error(eager, reference) + torch.finfo(eager.dtype).eps * largest)
+__all__ = ["assert_within_budget", "error_budget", "max_error"]
 
 
 def assert_within_budget(

@@ -45,6 +45,8 @@ def _foreach(
     lr, lr_decay, beta1_rest, m_scale, h_factor, h_offset, eps = row[:7]
     if factor != 1.0:
         grads = list(torch._foreach_mul(grads, factor))
+    # lerp takes one dtype: a bf16 gradient is widened to m's, an fp32 one of a bf16 m rounded
+    grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs, strict=True)]
     torch._foreach_lerp_(exp_avgs, grads, beta1_rest)
     floors = torch._foreach_mul(curvatures, h_factor)
     if h_offset:
