@@ -4,8 +4,9 @@
 
 Adapters of all seven projections of Code Llama 7B: 448 matrices, 40 M elements at rank 16, 20 M at rank 8; and one
 flat vector of as many, as ZeRO hands them over. Results are compared first; then both sides run in turns and the
-ratio is of the medians. The floor is the bytes that each must move, at the rate of a plain copy timed in the same
-turns. The aims: Sophia no slower than AdamW, the penalty a quarter of autograd's time.
+ratio is of the medians. The floor is the bytes that ours must move, at the rate of a sum in place timed in the same
+turns. On a busy machine the barriers of torch's threads distort both sides: set FLEX_THREADS=1 there. The aims:
+Sophia no slower than AdamW, the penalty a quarter of autograd's time.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ WEIGHT = 0.5
 ROUNDS = {"sophia": 25, "penalty": 9}
 # bytes per fp32 element: p, m, h, g in, p, m out; AdamW's v is written too; w, gradient in, gradient out
 SOPHIA_BYTES, ADAMW_BYTES, PENALTY_BYTES = 24, 28, 12
-COPY = 2**26  # elements of the plain copy: beyond any cache
+SUM = 2**25  # elements of the sum that the floor's rate is taken from: beyond any cache
+LONGEST = 30.0  # seconds a case may be timed for, if three rounds are done
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def all_cores():
-    """The whole machine, whatever OMP_NUM_THREADS says; put back afterwards."""
+def threads():
+    """FLEX_THREADS or the whole machine, whatever OMP_NUM_THREADS says; put back afterwards."""
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(int(os.environ.get("FLEX_THREADS", len(os.sched_getaffinity(0)))))
     yield
     torch.set_num_threads(before)
 
@@ -62,28 +64,34 @@ def normal(shapes: Sequence[tuple[int, ...]], seed: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def in_turns(rounds: int, **steps: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each step; a plain copy, in bytes a second, runs among them as "rate"."""
-    source, target = torch.ones(COPY), torch.ones(COPY)
-    steps = {**steps, "rate": lambda: target.copy_(source)}
+def in_turns(rounds: int, **steps: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each step in each round; an in-place sum runs among them as "sum"."""
+    source, target = torch.zeros(SUM), torch.ones(SUM)
+    steps = {**steps, "sum": lambda: target.add_(source)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    started = time.perf_counter()
     for turn in range(rounds + 2):
         for name, step in steps.items():
             begin = time.perf_counter()
             step()
             if turn >= 2:  # two warm up
                 seconds[name].append(time.perf_counter() - begin)
-    found = {name: statistics.median(times) for name, times in seconds.items()}
-    return found | {"rate": 2 * 4 * COPY / found["rate"]}
+        if turn >= 4 and time.perf_counter() - started > LONGEST:
+            break
+    return seconds
 
 
-def line(case: str, ours: float, other: float, bytes_moved: int, rate: float) -> str:
-    """Both times, their ratio, the floor."""
-    floor = bytes_moved / rate
-    return (
-        f"{case:<34} {1e3 * ours:8.1f} ms {1e3 * other:8.1f} ms {ours / other:6.2f} x   "
-        f"floor {1e3 * floor:6.1f} ms ({bytes_moved / 1e6:.0f} MB at {rate / 1e9:.1f} GB/s)"
+def line(case: str, found: dict[str, list[float]], bytes_moved: int) -> tuple[str, float]:
+    """Both medians, their ratio, that of the fastest rounds, the floor; and the ratio."""
+    ours, other, plain = (statistics.median(times) for times in found.values())
+    first, second, _ = (min(times) for times in found.values())
+    rate = 12 * SUM / plain
+    text = (
+        f"{case:<34} {1e3 * ours:7.1f} ms {1e3 * other:7.1f} ms {ours / other:5.2f} x (fastest rounds "
+        f"{first / second:.2f} x)  floor {1e3 * bytes_moved / rate:5.1f} ms: {bytes_moved / 1e6:.0f} MB at "
+        f"{rate / 1e9:.1f} GB/s; {len(found['sum'])} rounds"
     )
+    return text, ours / other
 
 
 def machine() -> str:
@@ -107,13 +115,12 @@ def test_sophia_is_no_slower_than_fused_adamw(matrices, capsys):
     def sophia() -> object:
         return sophia_update(p, m, h, g, **SOPHIA, impl="torch")
 
-    found = in_turns(ROUNDS["sophia"], sophia=sophia, adamw=adamw.step)
-    ratio = found["sophia"] / found["adamw"]
+    found = in_turns(ROUNDS["sophia"], ours=sophia, adamw=adamw.step)
+    case = f"Sophia | fused AdamW, {len(shapes)} x fp32"
+    text, ratio = line(case, found, SOPHIA_BYTES * size)
     with capsys.disabled():
-        case = f"Sophia | fused AdamW, {len(shapes)} x fp32"
         print(f"\n{machine()}{'' if native_step() else '; no C compiler: list operations'}")
-        print(line(case, found["sophia"], found["adamw"], SOPHIA_BYTES * size, found["rate"]))
-        print(f"{'':34} floor of AdamW {1e3 * ADAMW_BYTES * size / found['rate']:.1f} ms")
+        print(f"{text}; AdamW moves {ADAMW_BYTES / SOPHIA_BYTES:.2f} times the bytes")
     if ratio > 1.0:
         pytest.xfail(f"1.0 x fused AdamW is the aim, {ratio:.2f} x is measured")
 
@@ -156,11 +163,9 @@ def test_the_penalty_takes_a_quarter_of_autograds_time(transform, capsys):
         error = float((leaf.grad - grad).abs().max() / leaf.grad.abs().max())
         assert error < 1e-5, f"matrix {i}: gradients differ by {error:.1e} of the largest"
     found = in_turns(ROUNDS["penalty"], ours=ours, naive=naive)
-    ratio = found["ours"] / found["naive"]
-    size = sum(a * b for a, b in shapes)
+    case = f"penalty, {transform} | autograd, {len(shapes)} x fp32"
+    text, ratio = line(case, found, PENALTY_BYTES * sum(a * b for a, b in shapes))
     with capsys.disabled():
-        case = f"penalty, {transform} | autograd, {len(shapes)} x fp32"
-        print(f"\n{machine()}")
-        print(line(case, found["ours"], found["naive"], PENALTY_BYTES * size, found["rate"]))
+        print(f"\n{machine()}\n{text}")
     if ratio > 0.25:
         pytest.xfail(f"0.25 x autograd is the aim, {ratio:.2f} x is measured")
