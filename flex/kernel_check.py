@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flex.kernel_trials import CPU_SIZES, GPU_SIZES, Sizes, Step, Trial, trials
+from flex.kernel_operands import CPU_SIZES, GPU_SIZES, Sizes, Step, Trial
+from flex.kernel_trials import trials
 from flex.kernels.budget import budget_used
 
 ROUNDS = 5

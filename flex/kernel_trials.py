@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout, linear
 
-from flex.kernels.lora_linear import lora_linear
-from flex.kernels.lora_linear.dropout import keep_mask
-from flex.kernels.lora_linear.reference import lora_linear_reference
+from flex.kernel_lora_trial import lora_trial
+from flex.kernel_operands import Maker, Results, Sizes, Step, Trial, Wrap, named, rounded
 from flex.kernels.penalised_update import penalised_reference, penalised_update
-from flex.kernels.runtime import choose_impl
 from flex.kernels.sophia_update import (
     Scalars,
     UpdateGroup,
@@ -35,153 +30,20 @@ DTYPES = (F32, BF16)
 SCALARS = Scalars(
     lr=1e-3, beta1=0.9, gamma=0.5, eps=0.3, weight_decay=0.1, m_scale=1.7, h_scale=3, h_offset=0.2
 )
-SCALE, DROPOUT, SEED, WEIGHT, MAX_NORM, BETA2 = 2.0, 0.1, 4321, 0.3, 1.0, 0.95
-
-Results = dict[str, Tensor]
-Step = Callable[[], object]
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """tokens: rows of x. inputs, outputs: K and N. adapters: pairs of A (rank, K) and B (N, rank)."""
-
-    tokens: int
-    inputs: int
-    outputs: int
-    rank: int
-    adapters: int
-
-    def __str__(self) -> str:
-        return (
-            f"x {self.tokens} x {self.inputs}, W {self.outputs} x {self.inputs}, rank {self.rank}; "
-            f"updates of {self.adapters} adapters, {self.elements / 1e6:.2g} M elements"
-        )
-
-    @property
-    def elements(self) -> int:
-        return self.adapters * self.rank * (self.inputs + self.outputs)
-
-
-# a CPU gets through all of them in seconds; a GPU is busy with a layer of a 7B
-CPU_SIZES = Sizes(tokens=64, inputs=2048, outputs=5632, rank=16, adapters=2)
-GPU_SIZES = Sizes(tokens=8192, inputs=4096, outputs=11008, rank=16, adapters=8)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One public function on one dtype.
-
-    Attributes:
-        function: its name. case: which of its cases, "" for the only one.
-        impl: what `auto` picks for it here: "torch" or "triton".
-        results: calls the function on fresh operands; what it returns and writes, by name.
-        eager: the same by the reference in the function's own dtype. exact: in fp64.
-        ours: a call to be timed.
-        plain: given a wrapper (none, or torch.compile), the formula in eager PyTorch as a call to
-            be timed.
-    """
-
-    function: str
-    case: str
-    dtype: torch.dtype
-    impl: str
-    results: Callable[[], Results]
-    eager: Callable[[], Results]
-    exact: Callable[[], Results]
-    ours: Step
-    plain: Callable[[Wrap], Step]
+WEIGHT, MAX_NORM, BETA2 = 0.3, 1.0, 0.95
 
 
 def trials(device: torch.device, sizes: Sizes) -> Iterator[Trial]:
     """Every public kernel function, fp32 first. Operands are made when a trial is asked for."""
     for dtype in DTYPES:
         make = Maker(device, sizes, dtype)
-        yield _lora_linear(make)
+        yield lora_trial(make)
         yield _sophia(make)
         yield _norm(make)
         yield _curvature(make)
         yield _penalty(make, Spectrum(transform="axis"))
         yield _penalised(make)
         yield _penalty(make, Spectrum())
-
-
-class Maker:
-    """Random operands, the same on every device, on every call."""
-
-    def __init__(self, device: torch.device, sizes: Sizes, dtype: torch.dtype) -> None:
-        self.device, self.sizes, self.dtype = device, sizes, dtype
-        pair = [(sizes.rank, sizes.inputs), (sizes.outputs, sizes.rank)]
-        self.shapes = pair * sizes.adapters
-        self.roles = ["A", "B"] * sizes.adapters
-
-    def normal(self, *shapes: tuple[int, ...], seed: int, dtype: torch.dtype) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        found = [torch.randn(shape, generator=generator) for shape in shapes]
-        return [x.to(self.device, dtype) for x in found]
-
-    def matrices(self, seed: int) -> list[Tensor]:
-        return self.normal(*self.shapes, seed=seed, dtype=self.dtype)
-
-    def state(self) -> tuple[list[Tensor], ...]:
-        """p, m, h (not negative) and g of all adapters."""
-        p, m, h, g = (self.matrices(seed) for seed in range(4))
-        return p, m, [x.square() for x in h], g
-
-    def impl(self, kernel: str) -> str:
-        return choose_impl(kernel, "auto", self.device)
-
-
-def _named(**lists: Sequence[Tensor]) -> Results:
-    return {f"{name}[{i}]": t for name, found in lists.items() for i, t in enumerate(found)}
-
-
-def _rounded(found: Results, dtype: torch.dtype) -> Results:
-    return {name: t.to(dtype) for name, t in found.items()}
-
-
-def _lora_linear(make: Maker) -> Trial:
-    sizes, dtype = make.sizes, make.dtype
-    k, n, r = sizes.inputs, sizes.outputs, sizes.rank
-    x, weight, dy = make.normal((sizes.tokens, k), (n, k), (sizes.tokens, n), seed=0, dtype=dtype)
-    weight.mul_(k**-0.5)
-    a, b = make.normal((r, k), (n, r), seed=1, dtype=F32)
-    a, b = (a * k**-0.5).requires_grad_(), (b * r**-0.5).requires_grad_()
-    x.requires_grad_()
-    keep = keep_mask(SEED, sizes.tokens, k, DROPOUT, make.device).view(x.shape) != 0
-
-    def gradients(y: Tensor, *leaves: Tensor) -> Results:
-        dx, da, db = torch.autograd.grad(y, leaves, dy.to(y.dtype))
-        return {"y": y.detach(), "dx": dx, "dA": da, "dB": db}
-
-    def ours() -> Results:
-        return gradients(lora_linear(x, weight, None, a, b, SCALE, DROPOUT, SEED), x, a, b)
-
-    def reference(wide: torch.dtype) -> Results:
-        # A and B are rounded to x's dtype for the products
-        wx, wa, wb = (t.detach().to(wide).requires_grad_() for t in (x, a, b))
-        y = lora_linear_reference(wx, weight.to(wide), None, wa, wb, SCALE, DROPOUT, keep)
-        return _rounded(gradients(y, wx, wa, wb), wide)
-
-    def peft(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        low = linear(dropout(x, DROPOUT), a.to(x.dtype))
-        return linear(x, weight) + SCALE * linear(low, b.to(x.dtype))
-
-    def plain(wrap: Wrap) -> Step:
-        forward = wrap(peft)
-        return lambda: gradients(forward(x, weight, a, b), x, a, b)
-
-    return Trial(
-        "lora_linear",
-        "forward + backward",
-        dtype,
-        make.impl("lora_linear"),
-        ours,
-        lambda: reference(dtype),
-        lambda: reference(F64),
-        ours,
-        plain,
-    )
 
 
 def _total(params: list[Tensor], roles: list[str], spectrum: Spectrum) -> Tensor:
@@ -202,13 +64,13 @@ def _penalty(make: Maker, spectrum: Spectrum) -> Trial:
     def results() -> Results:
         grads = make.matrices(1)
         into(grads)
-        return _named(gradient=grads)
+        return named(gradient=grads)
 
     def reference(wide: torch.dtype) -> Results:
         leaves = [p.to(wide).requires_grad_() for p in params]
         found = torch.autograd.grad(_total(leaves, make.roles, spectrum), leaves)
         before = make.matrices(1)
-        return _named(gradient=[g.to(wide) + q for g, q in zip(before, found, strict=True)])
+        return named(gradient=[g.to(wide) + q for g, q in zip(before, found, strict=True)])
 
     def plain(wrap: Wrap) -> Step:
         value, leaves = wrap(_total), [p.float().requires_grad_() for p in params]
@@ -226,7 +88,7 @@ def _penalty(make: Maker, spectrum: Spectrum) -> Trial:
         make.dtype,
         impl,
         results,
-        lambda: _rounded(reference(F32), make.dtype),
+        lambda: rounded(reference(F32), make.dtype),
         lambda: reference(F64),
         lambda: into(timed),
         plain,
@@ -246,12 +108,12 @@ def _sophia(make: Maker) -> Trial:
     def results() -> Results:
         state = make.state()
         sophia_update(*state, **vars(SCALARS))
-        return _named(p=state[0], m=state[1])
+        return named(p=state[0], m=state[1])
 
     def reference(wide: torch.dtype) -> Results:
         state = [[t.to(wide) for t in found] for found in make.state()]
         _plain_sophia(*state)
-        return _named(p=state[0], m=state[1])
+        return named(p=state[0], m=state[1])
 
     def plain(wrap: Wrap) -> Step:
         step, state = wrap(_plain_sophia), make.state()
@@ -279,7 +141,7 @@ def _plain_norm(grads: list[Tensor], wide: torch.dtype) -> Tensor:
 def _norm(make: Maker) -> Trial:
     grads = make.matrices(0)
 
-    def named(control: Tensor) -> Results:
+    def parts(control: Tensor) -> Results:
         return dict(zip(("norm", "factor", "finite"), control, strict=True))
 
     def plain(wrap: Wrap) -> Step:
@@ -291,9 +153,9 @@ def _norm(make: Maker) -> Trial:
         "",
         make.dtype,
         make.impl("sophia_update"),
-        lambda: named(gradient_norm(grads, MAX_NORM)),
-        lambda: named(_plain_norm(grads, F32)),
-        lambda: named(_plain_norm(grads, F64)),
+        lambda: parts(gradient_norm(grads, MAX_NORM)),
+        lambda: parts(_plain_norm(grads, F32)),
+        lambda: parts(_plain_norm(grads, F64)),
         lambda: gradient_norm(grads, MAX_NORM),
         plain,
     )
@@ -310,12 +172,12 @@ def _curvature(make: Maker) -> Trial:
     def results() -> Results:
         curvatures = make.state()[2]
         curvature_update(curvatures, estimates, BETA2)
-        return _named(h=curvatures)
+        return named(h=curvatures)
 
     def reference(wide: torch.dtype) -> Results:
         curvatures = [h.to(wide) for h in make.state()[2]]
         update(curvatures, [e.to(wide) for e in estimates])
-        return _named(h=curvatures)
+        return named(h=curvatures)
 
     def plain(wrap: Wrap) -> Step:
         step, curvatures = wrap(update), make.state()[2]
@@ -342,7 +204,7 @@ def _penalised(make: Maker) -> Trial:
         group = UpdateGroup(p, m, h, g, SCALARS)
         found = penalised_update([group], spectrum, make.roles, WEIGHT)
         sums = {"value": list(found.values), "square": list(found.squares)}
-        return _named(p=p, m=m, **sums)
+        return named(p=p, m=m, **sums)
 
     def reference(wide: torch.dtype, stored: torch.dtype) -> Results:
         state = [[t.to(wide) for t in found] for found in make.state()]
@@ -350,7 +212,7 @@ def _penalised(make: Maker) -> Trial:
             penalised_reference(p, m, h, g, spectrum, role=role, weight=WEIGHT, **vars(SCALARS))
             for p, m, h, g, role in zip(*state, make.roles, strict=True)
         ]
-        return _named(
+        return named(
             p=[f.p.to(stored) for f in found],
             m=[f.m.to(stored) for f in found],
             value=[f.value for f in found],

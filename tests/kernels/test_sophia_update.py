@@ -56,6 +56,20 @@ def test_matches_the_reference(dtype, changes):
     assert worst_error(package.sophia_update, dtype, **changes) < 4
 
 
+@pytest.mark.parametrize(
+    ("moments", "grads"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_gradients_of_another_dtype(moments, grads):
+    """A bf16 gradient is widened to fp32 moments, an fp32 one rounded to bf16 moments."""
+    p, m, h, g = tensors(moments)
+    g = [x.to(grads) for x in g]
+    same = [[x.clone() for x in found] for found in (p, m, h)]
+    package.sophia_update(p, m, h, g, **OPTIONS, impl="torch")
+    api.torch_update(*same, [x.to(moments) for x in g], None, package.Scalars(**OPTIONS).row(), 1.0)
+    for got, want in zip(p + m, same[0] + same[1], strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_two_runs_are_bit_equal():
     results = []
     for _ in range(2):
