@@ -57,6 +57,7 @@ class Engine:
     rank = 0
     world = 1
     copies = 1  # processes that hold each coordinate's optimizer state
+    whole_gradients = True  # after backward `.grad` is the whole gradient of a whole matrix
 
     def __init__(
         self,

@@ -120,6 +120,8 @@ def check_ds_config(
 class ZeroEngine(Engine):
     """DeepSpeed around the same model, optimizer and adapters. See `Engine` for the calls."""
 
+    whole_gradients = False
+
     def __init__(
         self,
         cfg: RunConfig,

@@ -29,6 +29,7 @@ from flex.kernels.spectral_penalty import (
     high_band_energy,
     spectral_penalty,
     spectral_penalty_delta,
+    spectral_penalty_into,
 )
 
 log = logging.getLogger("flex.penalty")
@@ -52,8 +53,8 @@ class LoraPair:
 class PenaltyReport:
     """What the penalty was, over the share of the matrices it was computed for.
 
-    `sums` (2,) = [P, |lambda grad P|^2] on the device. They are partial sums: all-reduce them with
-    SUM and pass the result to `PenaltyReport(sums, weight)`. The properties wait for the device.
+    `sums` (2,) = [lambda P, |lambda grad P|^2] on the device. They are partial sums: all-reduce them
+    with SUM and pass the result to `PenaltyReport(sums, weight)`. The properties wait for the device.
     """
 
     sums: Tensor
@@ -61,13 +62,13 @@ class PenaltyReport:
 
     @property
     def value(self) -> float:
-        """P."""
-        return float(self.sums[0])
+        """P; 0 when the weight is 0, because then nothing is computed."""
+        return self.weighted / self.weight if self.weight else 0.0
 
     @property
     def weighted(self) -> float:
         """lambda * P."""
-        return self.weight * self.value
+        return float(self.sums[0])
 
     @property
     def grad_norm(self) -> float:
@@ -168,19 +169,37 @@ class SpectralPenalty:
 
     @torch.no_grad()
     def add_gradients(self) -> PenaltyReport:
-        """Add lambda * grad P into p.grad in place: once per optimizer step, before clipping."""
-        targets, increments = [], []
-        for params, stacked in self._step("gradient"):
+        """Add lambda * grad P into p.grad in place: once per optimizer step, before clipping.
+
+        Gradients must be whole and in this process. Matrices are not copied, but for delta_w.
+        """
+        self._check_coupling("gradient")
+        acts = self.config.active and not self.config.detached
+        if acts and self.config.target != "delta_w":
+            self.last_report = self._add_in_place()
+            return self.last_report
+        gradients, self.last_report = self._compute(0, 1)
+        for params, stacked in gradients:
             for param, grad in zip(params, stacked.unbind(), strict=True):
-                if param.grad is None:
-                    param.grad = grad.to(param.dtype)
-                else:
-                    targets.append(param.grad)
-                    increments.append(grad)
-        if targets:
-            torch._foreach_add_(targets, increments)
-        assert self.last_report is not None
+                _gradient_of(param).add_(grad)
         return self.last_report
+
+    def _add_in_place(self) -> PenaltyReport:
+        """All matrices of a device in one call, whatever their shapes."""
+        sums: list[Tensor] = []
+        for members in self._by_device().values():
+            names, params, roles, starts = zip(*members, strict=True)
+            for name, param in zip(names, params, strict=True):
+                _require_whole(name, param)
+            grads = [_gradient_of(param) for param in params]
+            found = spectral_penalty_into(
+                params, grads, self.spectrum, roles, self._factor, starts, self.impl
+            )
+            sums.append(found.sum(1))
+        total = sums[0]
+        for other in sums[1:]:
+            total = total + other.to(total.device)
+        return PenaltyReport(total, self.config.weight)
 
     def as_loss(self, rank: int = 0, world: int = 1) -> Tensor:
         """A 0-dim tensor of value 0 to add to the loss; its backward adds the penalty's gradient.
@@ -321,6 +340,17 @@ class SpectralPenalty:
             for i, name in enumerate(stack.names)
         }
 
+    def _by_device(self) -> dict[torch.device, list[tuple]]:
+        """(name, parameter, role, w0 or None) of every matrix; the starts are views."""
+        found: dict[torch.device, list[tuple]] = {}
+        for stack in (stack for group in self._groups for stack in group.stacks):
+            starts = [None] * len(stack.params) if stack.start is None else stack.start.unbind()
+            members = zip(
+                stack.names, stack.params, [stack.role] * len(starts), starts, strict=True
+            )
+            found.setdefault(stack.params[0].device, []).extend(members)
+        return found
+
     def _find_spans(self, rank: int, world: int) -> list[tuple[int, slice]]:
         """Runs (group, members) of `rank`: the units whose middle lies in its 1/world of all."""
         if not 0 <= rank < world:
@@ -336,6 +366,11 @@ class SpectralPenalty:
 
     def _step(self, coupling: str, rank: int = 0, world: int = 1) -> Gradients:
         """What a step applies, checked to be applied as configured; fills `last_report`."""
+        self._check_coupling(coupling)
+        gradients, self.last_report = self._compute(rank, world)
+        return gradients
+
+    def _check_coupling(self, coupling: str) -> None:
         acts = self.config.active and not self.config.detached
         if acts and self.config.coupling != coupling:
             raise ConfigError(
@@ -343,8 +378,6 @@ class SpectralPenalty:
                 "the penalty would be applied in another way than configured",
                 "gradient: add_gradients() or as_loss(); decoupled: decoupled_deltas()",
             )
-        gradients, self.last_report = self._compute(rank, world)
-        return gradients
 
     def _compute(self, rank: int, world: int) -> tuple[Gradients, PenaltyReport]:
         """lambda * grad P of a share (frozen matrices left out) and its figures."""
@@ -359,8 +392,7 @@ class SpectralPenalty:
                 if stack.trainable and not self.config.detached:
                     gradients.append((stack.params[span], grad))
                     square = square + torch.linalg.vector_norm(grad).square().to(zero.device)
-        value = weighted / self.config.weight if self.config.active else weighted
-        return gradients, PenaltyReport(torch.stack([value, square]), self.config.weight)
+        return gradients, PenaltyReport(torch.stack([weighted, square]), self.config.weight)
 
 
 class _Stack:
@@ -445,6 +477,13 @@ class _PenaltyLoss(torch.autograd.Function):
             for param, grad in zip(params, scaled.unbind(), strict=True):
                 found[ctx.places[id(param)]] = grad
         return None, None, None, *found
+
+
+def _gradient_of(param: nn.Parameter) -> Tensor:
+    """The gradient to add to; zeros where there is none."""
+    if param.grad is None:
+        param.grad = torch.zeros_like(param)
+    return param.grad
 
 
 def _kind(w: Tensor) -> tuple:

@@ -99,18 +99,22 @@ def train_step(
 
     total = torch.zeros((), dtype=torch.float64)
     last = len(batches) - 1
+    couples = penalty is not None and cfg.penalty.coupling == "gradient"
     for m, batch in enumerate(batches):
         with named("forward"):
             logits, labels = target_logits(engine.model, batch)
             loss = cross_entropy_sum(logits, labels, engine.world / num_targets)
             total += loss.detach().double().cpu()
-        if m == last and penalty is not None and cfg.penalty.coupling == "gradient":
+        if m == last and couples and not engine.whole_gradients:
             # A term of the loss, so that its gradient is in place before ZeRO reduces: a partition has no FFT.
             with named("penalty"):
                 engine.gather()
                 loss = loss + penalty.as_loss(engine.rank, engine.world)
         with named("backward"):
             engine.backward(loss)
+    if couples and engine.whole_gradients:
+        with named("penalty"):
+            penalty.add_gradients()
 
     deltas = {}
     if penalty is not None and cfg.penalty.coupling == "decoupled":
@@ -126,7 +130,7 @@ def train_step(
         [total[None], penalty_sums(penalty, engine.rank), torch.tensor(flags, dtype=torch.float64)]
     )
     with named("all-reduce"):
-        loss_total, value, grad_square, stop, save = all_reduce(shared).tolist()
+        loss_total, weighted, grad_square, stop, save = all_reduce(shared).tolist()
     report = StepReport(
         step=step + 1,
         loss=loss_total / engine.world,
@@ -135,8 +139,8 @@ def train_step(
         tokens=num_targets,
         positions=loader.positions(step),
         seconds=time.perf_counter() - start,
-        penalty=value,
-        penalty_weighted=cfg.penalty.weight * value,
+        penalty=weighted / cfg.penalty.weight if cfg.penalty.weight else 0.0,
+        penalty_weighted=weighted,
         penalty_share=grad_square**0.5 / update.grad_norm if update.grad_norm > 0 else 0.0,
         clipped_fraction=None if update.skipped else engine.clipped_fraction(),
         curvature_mean=None if stats is None else stats.mean,
@@ -147,13 +151,13 @@ def train_step(
 
 
 def penalty_sums(penalty: SpectralPenalty | None, rank: int) -> Tensor:
-    """[P, |lambda grad P|^2] of this process's share, fp64 on the CPU: they sum up to the whole."""
+    """[lambda P, |lambda grad P|^2] of this process's share, fp64 on the CPU: they sum up to the whole."""
     if penalty is None or penalty.last_report is None:
         return torch.zeros(2, dtype=torch.float64)
     everywhere_whole = (
         penalty.config.coupling == "decoupled"
     )  # then every process computes all of it
-    return penalty.last_report.sums.double().cpu() * (0.0 if everywhere_whole and rank > 0 else 1.0)
+    return penalty.last_report.sums.cpu().double() * (0.0 if everywhere_whole and rank > 0 else 1.0)
 
 
 @torch.no_grad()

@@ -182,8 +182,7 @@ def _by_passes(
     params = [single.params[0] for single in singles]
     wide = [torch.promote_types(p.dtype, torch.float32) for p in params]
     found = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(params, wide, strict=True)]
-    values = spectral_penalty_into(params, found, spectrum, roles, weight, starts, impl)
-    squares = torch.stack([q.square().sum().to(values.dtype) for q in found])
+    values, squares = spectral_penalty_into(params, found, spectrum, roles, weight, starts, impl)
     factor = 1.0
     if control is not None:
         _, factor, finite = control.tolist()

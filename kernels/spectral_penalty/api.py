@@ -50,7 +50,8 @@ def spectral_penalty(
         _check_triton([weights], spectrum)
         w = weights.detach()
         grad = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
-        return _into_triton(list(w), list(grad), spectrum, [role] * len(w), weight, None), grad
+        roles = [role] * len(w)
+        return _into_triton(list(w), list(grad), spectrum, roles, weight, [None] * len(w))[0], grad
     require(impl in ("auto", "torch"), "impl", impl, "one of auto, torch, triton")
     turned = role == "B" and spectrum.transform != "flat"
     with torch.no_grad(), torch.autocast(weights.device.type, enabled=False):
@@ -73,7 +74,7 @@ def spectral_penalty_into(
     """Add weight * grad P(w - w0) into gradients in place, for matrices of any mix of shapes.
 
     The Triton path is one launch per length of the feature axis (and per mix of dtypes) and one for
-    the values: 12 bytes per fp32 element, no copy of a matrix.
+    values and squares: 12 bytes per fp32 element, no copy of a matrix.
 
     Args:
         params: M matrices, (r, K) for role "A", (N, r) for "B"; any strides.
@@ -86,7 +87,8 @@ def spectral_penalty_into(
             long for the kernel's full precision).
 
     Returns:
-        values (M,) of weight * P; float32, or float64 when a matrix is.
+        (2, M): values of weight * P, and squares |weight * grad P|^2 before a gradient's dtype
+        rounds; float32, or float64 when a matrix is.
 
     Raises:
         ValueError: lists or shapes that do not match, a wrong role or impl; for impl="triton" also
@@ -108,26 +110,39 @@ def spectral_penalty_into(
         _check_triton([*params, *grads, *(s for s in starts if s is not None)], spectrum)
     elif chosen == "triton":
         fits = [_fits(*m, spectrum) for m in zip(params, grads, roles, starts, strict=True)]
-    wide = any(w.dtype == torch.float64 for w in params)
-    values = torch.empty(
-        len(params), dtype=torch.float64 if wide else torch.float32, device=params[0].device
-    )
     with torch.no_grad(), torch.autocast(params[0].device.type, enabled=False):
+        if all(fits) or not any(fits):
+            runner = _into_triton if fits[0] else _into_torch
+            return runner(params, grads, spectrum, roles, weight, starts)
+        results = _results(params)
         for runner, on_kernel in ((_into_triton, True), (_into_torch, False)):
             index = [i for i, fit in enumerate(fits) if fit == on_kernel]
-            if index:
-                lists = [[found[i] for i in index] for found in (params, grads, roles, starts)]
-                part = runner(lists[0], lists[1], spectrum, lists[2], weight, lists[3])
-                values[index] = part.to(values.dtype)
-    return values
+            lists = [[found[i] for i in index] for found in (params, grads, roles, starts)]
+            part = runner(lists[0], lists[1], spectrum, lists[2], weight, lists[3])
+            results[:, index] = part.to(results.dtype)
+    return results
 
 
-def _into_torch(params, grads, spectrum, roles, weight, starts):  # type: ignore[no-untyped-def]
+def _results(params: Sequence[Tensor]) -> Tensor:
+    """Room for values and squares."""
+    wide = any(w.dtype == torch.float64 for w in params)
+    dtype = torch.float64 if wide else torch.float32
+    return torch.empty(2, len(params), dtype=dtype, device=params[0].device)
+
+
+def _into_torch(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    spectrum: Spectrum,
+    roles: Sequence[str],
+    weight: float,
+    starts: Sequence[Tensor | None],
+) -> Tensor:
     """By the batched function: matrices of one shape and role are stacked, CHUNK elements at a time."""
     groups: dict[tuple, list[int]] = {}
     for i, (w, role) in enumerate(zip(params, roles, strict=True)):
         groups.setdefault((role, w.shape, w.dtype), []).append(i)
-    values: list[Tensor] = [params[0]] * len(params)
+    results = _results(params)
     for (role, shape, _), group in groups.items():
         at_once = max(1, CHUNK // shape.numel())
         for index in (group[k : k + at_once] for k in range(0, len(group), at_once)):
@@ -137,10 +152,9 @@ def _into_torch(params, grads, spectrum, roles, weight, starts):  # type: ignore
                     row -= starts[i]
             found, grad = spectral_penalty(stack, spectrum, role=role, weight=weight, impl="torch")
             _add([grads[i] for i in index], list(grad))
-            for i, value in zip(index, found, strict=True):
-                values[i] = value
-    wide = any(w.dtype == torch.float64 for w in params)
-    return torch.stack([v.double() if wide else v for v in values])
+            squares = torch.linalg.vecdot(grad.flatten(1), grad.flatten(1))
+            results[:, index] = torch.stack([found, squares]).to(results.dtype)
+    return results
 
 
 def _add(grads: list[Tensor], found: list[Tensor]) -> None:
@@ -152,12 +166,18 @@ def _add(grads: list[Tensor], found: list[Tensor]) -> None:
         a.copy_(a.to(b.dtype) + b)
 
 
-def _into_triton(params, grads, spectrum, roles, weight, starts):  # type: ignore[no-untyped-def]
-    """One launch per length and mix of dtypes, and one for the values."""
+def _into_triton(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    spectrum: Spectrum,
+    roles: Sequence[str],
+    weight: float,
+    starts: Sequence[Tensor | None],
+) -> Tensor:
+    """One launch per length and mix of dtypes, and one for values and squares."""
     from .kernel import Vectors, penalty_launch, programs, sum_launch
     from .tables import plan, precision_of, tables
 
-    starts = [None] * len(params) if starts is None else starts
     groups: dict[tuple, list[int]] = {}
     matrices = [Vectors(*m) for m in zip(params, grads, starts, roles, strict=True)]
     for i, m in enumerate(matrices):
@@ -166,16 +186,17 @@ def _into_triton(params, grads, spectrum, roles, weight, starts):  # type: ignor
     plans = {key: plan(key[0], precision_of(spectrum)) for key in groups}  # refuses before any work
     counts = [programs(plans[key], matrices[i]) for key, index in groups.items() for i in index]
     device = params[0].device
-    partials = torch.empty(sum(counts), dtype=torch.float32, device=device)
+    partials = torch.empty(2, sum(counts), dtype=torch.float32, device=device)
     first = 0
     for key, index in groups.items():
         chosen = [matrices[i] for i in index]
         size = sum(programs(plans[key], m) for m in chosen)
         found = tables(plans[key], spectrum, device)
-        penalty_launch(chosen, plans[key], found, weight, partials[first : first + size])
+        penalty_launch(chosen, plans[key], found, weight, partials[:, first : first + size])
         first += size
     order = [i for index in groups.values() for i in index]
-    return sum_launch(partials, counts, order)
+    both = [*order, *(len(matrices) + i for i in order)]
+    return sum_launch(partials.view(-1), counts * 2, both).view(2, -1)
 
 
 def _fits(w: Tensor, g: Tensor, role: str, w0: Tensor | None, spectrum: Spectrum) -> bool:

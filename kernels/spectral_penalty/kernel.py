@@ -75,12 +75,13 @@ def _load_block(
 def _add_block(
     row_ptr, which, mask, x, BLOCK: tl.constexpr, G_TYPE: tl.constexpr, SHAPE: tl.constexpr
 ):
-    """g += x for one block."""
+    """g += x for one block; returns the sum of x^2."""
     # a zero that the compiler cannot know: else it keeps w's offsets through the transform, and spills
     zero = tl.load(row_ptr + 11, volatile=True).to(tl.int32)
     g_ptr = _block(row_ptr, which, 1, G_TYPE, BLOCK, SHAPE, zero)
     g = tl.load(g_ptr, mask=mask, other=0.0).to(tl.float32)
     tl.store(g_ptr, (g + x).to(G_TYPE), mask=mask)
+    return tl.sum(tl.sum(tl.where(mask, x * x, 0.0), axis=1), axis=0)
 
 
 @triton.jit
@@ -98,7 +99,8 @@ def own_piece(owner_ptr, table_ptr, COLUMNS: tl.constexpr):
 def _penalty_kernel(
     owner_ptr,
     table_ptr,
-    partials_ptr,
+    values_ptr,
+    squares_ptr,
     dft1_ptr,
     dft2_ptr,
     twiddle_ptr,
@@ -116,7 +118,7 @@ def _penalty_kernel(
     Q2: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """g += 2 weight C (w - w0) for this program's vectors; partials[program] = weight <w, C w>."""
+    """g += x = 2 weight C (w - w0) for this program's vectors; its weight <w, C w> and |x|^2."""
     pid = tl.program_id(0)
     row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
     vectors = tl.load(row_ptr + 3)
@@ -136,8 +138,8 @@ def _penalty_kernel(
         im = _load_block(row_ptr, second, pair, 0, W_TYPE, START_TYPE, SHAPE)
         re, im, energy = circulant_class(re, im, tables, 0, Q1, Q2, PRECISION)
         row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
-        _add_block(row_ptr, first, mask, 2.0 * weight * re, 0, G_TYPE, SHAPE)
-        _add_block(row_ptr, second, pair, 2.0 * weight * im, 0, G_TYPE, SHAPE)
+        square = _add_block(row_ptr, first, mask, 2.0 * weight * re, 0, G_TYPE, SHAPE)
+        square += _add_block(row_ptr, second, pair, 2.0 * weight * im, 0, G_TYPE, SHAPE)
     elif SPLIT == 4:
         x0 = _load_block(row_ptr, piece, mask, 0, W_TYPE, START_TYPE, SHAPE)
         x1 = _load_block(row_ptr, piece, mask, 1, W_TYPE, START_TYPE, SHAPE)
@@ -145,10 +147,10 @@ def _penalty_kernel(
         x3 = _load_block(row_ptr, piece, mask, 3, W_TYPE, START_TYPE, SHAPE)
         x0, x1, x2, x3, energy = circulant_four(x0, x1, x2, x3, tables, Q1, Q2, PRECISION)
         row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
-        _add_block(row_ptr, piece, mask, 2.0 * weight * x0, 0, G_TYPE, SHAPE)
-        _add_block(row_ptr, piece, mask, 2.0 * weight * x1, 1, G_TYPE, SHAPE)
-        _add_block(row_ptr, piece, mask, 2.0 * weight * x2, 2, G_TYPE, SHAPE)
-        _add_block(row_ptr, piece, mask, 2.0 * weight * x3, 3, G_TYPE, SHAPE)
+        square = _add_block(row_ptr, piece, mask, 2.0 * weight * x0, 0, G_TYPE, SHAPE)
+        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x1, 1, G_TYPE, SHAPE)
+        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x2, 2, G_TYPE, SHAPE)
+        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x3, 3, G_TYPE, SHAPE)
     else:
         x0 = _load_block(row_ptr, piece, mask, 0, W_TYPE, START_TYPE, SHAPE)
         x1 = _load_block(row_ptr, piece, mask, 1, W_TYPE, START_TYPE, SHAPE)
@@ -162,15 +164,16 @@ def _penalty_kernel(
             x0, x1, x2, x3, x4, x5, x6, x7, tables, Q1, Q2, PRECISION
         )
         row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
-        _add_block(row_ptr, piece, mask, 2.0 * weight * x0, 0, G_TYPE, SHAPE)
-        _add_block(row_ptr, piece, mask, 2.0 * weight * x1, 1, G_TYPE, SHAPE)
-        _add_block(row_ptr, piece, mask, 2.0 * weight * x2, 2, G_TYPE, SHAPE)
-        _add_block(row_ptr, piece, mask, 2.0 * weight * x3, 3, G_TYPE, SHAPE)
-        _add_block(row_ptr, piece, mask, 2.0 * weight * x4, 4, G_TYPE, SHAPE)
-        _add_block(row_ptr, piece, mask, 2.0 * weight * x5, 5, G_TYPE, SHAPE)
-        _add_block(row_ptr, piece, mask, 2.0 * weight * x6, 6, G_TYPE, SHAPE)
-        _add_block(row_ptr, piece, mask, 2.0 * weight * x7, 7, G_TYPE, SHAPE)
-    tl.store(partials_ptr + pid, weight * energy)
+        square = _add_block(row_ptr, piece, mask, 2.0 * weight * x0, 0, G_TYPE, SHAPE)
+        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x1, 1, G_TYPE, SHAPE)
+        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x2, 2, G_TYPE, SHAPE)
+        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x3, 3, G_TYPE, SHAPE)
+        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x4, 4, G_TYPE, SHAPE)
+        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x5, 5, G_TYPE, SHAPE)
+        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x6, 6, G_TYPE, SHAPE)
+        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x7, 7, G_TYPE, SHAPE)
+    tl.store(values_ptr + pid, weight * energy)
+    tl.store(squares_ptr + pid, square)
 
 
 @triton.jit
@@ -234,7 +237,7 @@ def penalty_launch(
 ) -> None:
     """One launch over matrices of one length, whose w, g, w0 each have one dtype.
 
-    partials: fp32, `programs` of every matrix in order; filled.
+    partials: (2, n) fp32, values and squares of every program in order; filled.
     """
     w, g, w0 = matrices[0].w, matrices[0].g, matrices[0].w0
     for matrix in matrices:
@@ -252,7 +255,7 @@ def penalty_launch(
     _penalty_kernel[(first,)](
         owners(counts, w.device),
         on_device(tuple(rows), w.device),
-        partials,
+        *partials,
         *found.pointers,
         float(weight),
         W_TYPE=TL_DTYPES[w.dtype],

@@ -17,7 +17,8 @@ TABLES = ("dft1_ptr", "dft2_ptr", "twiddle_ptr", "sigma_ptr", "twist_ptr")
 SIGNATURE = {
     "owner_ptr": "*i32",
     "table_ptr": "*i64",
-    "partials_ptr": "*fp32",
+    "values_ptr": "*fp32",
+    "squares_ptr": "*fp32",
     **dict.fromkeys(TABLES, "*fp32"),
     "weight": "fp32",
 }

@@ -40,12 +40,12 @@ def matrices(shapes: list[tuple[int, int]], dtype: torch.dtype = torch.float32) 
 
 
 def exact(w: Tensor, g: Tensor, w0: Tensor | None, role: str, spectrum: Spectrum, dtype):
-    """(g + weight * grad P, weight * P) by autograd, computed in `dtype`."""
+    """(g + weight * grad P, weight * P, |weight * grad P|^2) by autograd, computed in `dtype`."""
     x = w.to(dtype) - (0 if w0 is None else w0.to(dtype))
     x.requires_grad_()
     value = WEIGHT * spectral_penalty_reference(x, spectrum, role)
     (grad,) = torch.autograd.grad(value, x)
-    return g.to(dtype) + grad, value.detach()
+    return g.to(dtype) + grad, value.detach(), grad.square().sum()
 
 
 def check(
@@ -62,14 +62,16 @@ def check(
     before = [g.to(g_dtype) for g in before]
     starts = [w * 0.5 + 0.1 for w in params] if start else [None] * len(params)
     grads, again = [g.clone() for g in before], [g.clone() for g in before]
-    values = run(params, grads, spectrum, list(roles), WEIGHT, starts, impl="triton")
+    values, squares = run(params, grads, spectrum, list(roles), WEIGHT, starts, impl="triton")
     repeated = run(params, again, spectrum, list(roles), WEIGHT, starts, impl="triton")
-    assert torch.equal(values, repeated), "values differ between two runs"
+    assert torch.equal(values, repeated[0]), "values differ between two runs"
+    assert torch.equal(squares, repeated[1]), "squares differ between two runs"
     for i, (w, g, w0, role) in enumerate(zip(params, before, starts, roles, strict=True)):
-        reference, value = exact(w, g, w0, role, spectrum, torch.float64)
-        eager, eager_value = exact(w, g, w0, role, spectrum, torch.float32)
+        reference, value, square = exact(w, g, w0, role, spectrum, torch.float64)
+        eager, eager_value, eager_square = exact(w, g, w0, role, spectrum, torch.float32)
         assert_within_budget(grads[i], eager.to(g_dtype), reference, f"gradient {i}")
         assert_within_budget(values[i], eager_value, value, f"value {i}")
+        assert_within_budget(squares[i], eager_square, square, f"square {i}")
         assert torch.equal(grads[i], again[i]), f"gradient {i} differs between two runs"
 
 
@@ -125,8 +127,8 @@ def test_strided_gradients_and_neighbours() -> None:
     grads = wide[:, ::2]
     before = wide.clone()
     spectral_penalty_into([w], [grads], AXIS, ["A"], WEIGHT, impl="triton")
-    reference, _ = exact(w, before[:, ::2], None, "A", AXIS, torch.float64)
-    eager, _ = exact(w, before[:, ::2], None, "A", AXIS, torch.float32)
+    reference, *_ = exact(w, before[:, ::2], None, "A", AXIS, torch.float64)
+    eager, *_ = exact(w, before[:, ::2], None, "A", AXIS, torch.float32)
     assert_within_budget(grads, eager, reference)
     assert torch.equal(wide[:, 1::2], before[:, 1::2])
 
@@ -171,7 +173,7 @@ def test_launches_and_bytes() -> None:
         dfts = (2 * size_1) ** 2 + (2 * size_2) ** 2 * (found.q1 != found.q2)
         constants += count * 4 * (dfts + 5 * size_1 * size_2)  # twiddles twice, sigma
     read, written = traffic.by_kernel["_penalty_kernel"]
-    assert written == 4 * elements + 4 * programs
+    assert written == 4 * elements + 8 * programs
     assert 0 < read - constants - 8 * elements <= programs * 300  # the table: stays in L1
     assert read - constants + written <= 1.02 * 12 * elements
 
@@ -291,6 +293,13 @@ BUGS = (
     ("gradient overwritten", kernel, "(g + x).to(G_TYPE)", "x.to(G_TYPE)"),
     ("last row dropped", kernel, "mask & (second < vectors)", "mask & (second + 1 < vectors)"),
     ("value without lambda", kernel, "weight * energy)", "energy)"),
+    ("square of the sum", kernel, "tl.where(mask, x * x", "tl.where(mask, (g + x) * (g + x)"),
+    (
+        "a block's square forgotten",
+        kernel,
+        "square += _add_block(row_ptr, second",
+        "_add_block(row_ptr, second",
+    ),
     ("start added", kernel, "w -= tl.load", "w += tl.load"),
     ("rows and columns swapped", kernel, 'if self.role == "A" else (along', "if True else (along"),
     ("last partial dropped", kernel, "mask=offs_N < end", "mask=offs_N < end - 1"),
