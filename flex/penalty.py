@@ -6,8 +6,9 @@
     penalty.add_gradients()  # before optimizer.step()
 
 P is the sum (or mean) over matrices of sum_k rho(k) |F(w)_k|^2; the formula is in
-flex/kernels/spectral_penalty/reference.py. Matrices of one shape are stacked, so that a step costs
-a handful of launches whatever their number.
+flex/kernels/spectral_penalty/reference.py. `add_gradients` works in place over matrices of all
+shapes, so that on Triton a step costs a handful of launches whatever their number; the loss form
+that ZeRO needs, and delta_w, stack matrices of one shape.
 """
 
 from __future__ import annotations

@@ -99,22 +99,22 @@ def train_step(
 
     total = torch.zeros((), dtype=torch.float64)
     last = len(batches) - 1
-    couples = penalty is not None and cfg.penalty.coupling == "gradient"
+    in_gradient = penalty if cfg.penalty.coupling == "gradient" else None
     for m, batch in enumerate(batches):
         with named("forward"):
             logits, labels = target_logits(engine.model, batch)
             loss = cross_entropy_sum(logits, labels, engine.world / num_targets)
             total += loss.detach().double().cpu()
-        if m == last and couples and not engine.whole_gradients:
+        if m == last and in_gradient is not None and not engine.whole_gradients:
             # A term of the loss, so that its gradient is in place before ZeRO reduces: a partition has no FFT.
             with named("penalty"):
                 engine.gather()
-                loss = loss + penalty.as_loss(engine.rank, engine.world)
+                loss = loss + in_gradient.as_loss(engine.rank, engine.world)
         with named("backward"):
             engine.backward(loss)
-    if couples and engine.whole_gradients:
+    if in_gradient is not None and engine.whole_gradients:
         with named("penalty"):
-            penalty.add_gradients()
+            in_gradient.add_gradients()
 
     deltas = {}
     if penalty is not None and cfg.penalty.coupling == "decoupled":

@@ -117,8 +117,14 @@ def spectral_penalty_into(
         results = _results(params)
         for runner, on_kernel in ((_into_triton, True), (_into_torch, False)):
             index = [i for i, fit in enumerate(fits) if fit == on_kernel]
-            lists = [[found[i] for i in index] for found in (params, grads, roles, starts)]
-            part = runner(lists[0], lists[1], spectrum, lists[2], weight, lists[3])
+            part = runner(
+                [params[i] for i in index],
+                [grads[i] for i in index],
+                spectrum,
+                [roles[i] for i in index],
+                weight,
+                [starts[i] for i in index],
+            )
             results[:, index] = part.to(results.dtype)
     return results
 
