@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -213,12 +214,16 @@ class Sophia(torch.optim.Optimizer):
 
     def curvature_sums(self) -> Tensor:
         """fp64 tensor [sum, sum of squares, max] of the bias-corrected h over this process's share."""
-        sums = torch.zeros(3, dtype=torch.float64)
+        parts = []
         for state in self.state.values():
             if state.get("refreshes") and state["exp_avg_sq"].numel():
                 h = state["exp_avg_sq"].double() / (
                     1 - self.defaults["betas"][1] ** state["refreshes"]
                 )
-                sums[:2] += torch.stack([h.sum(), h.square().sum()]).cpu()
-                sums[2] = max(sums[2], h.max().cpu())
-        return sums
+                parts.append(torch.stack([h.sum(), h.square().sum(), h.max()]).cpu())
+        if not parts:
+            return torch.zeros(3, dtype=torch.float64)
+        total, squares, largest = torch.stack(parts).T.tolist()
+        # exactly rounded: a resumed run holds its states in another order
+        sums = [math.fsum(total), math.fsum(squares), max(largest)]
+        return torch.tensor(sums, dtype=torch.float64)

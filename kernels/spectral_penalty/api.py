@@ -58,7 +58,7 @@ def spectral_penalty(
         w = _computable(weights)
         w = w.mT.contiguous() if turned else w
         grad = apply_operator(w, spectrum, 2.0 * weight)
-        values = torch.linalg.vecdot(w.flatten(1), grad.flatten(1)).mul_(0.5)
+        values = (w * grad).sum((-2, -1)).mul_(0.5)  # a dot product's bits depend on addresses
         return values, grad.mT.contiguous() if turned else grad
 
 
@@ -158,7 +158,7 @@ def _into_torch(
                     row -= starts[i]
             found, grad = spectral_penalty(stack, spectrum, role=role, weight=weight, impl="torch")
             _add([grads[i] for i in index], list(grad))
-            squares = torch.linalg.vecdot(grad.flatten(1), grad.flatten(1))
+            squares = grad.square().sum((-2, -1))
             results[:, index] = torch.stack([found, squares]).to(results.dtype)
     return results
 
