@@ -71,7 +71,9 @@ def add_merge_check_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="of greedy completions (128)"
     )
-    command.add_argument("--batch-size", type=int, default=16, metavar="B", help="at once (16)")
+    command.add_argument(
+        "--batch-size", type=int, default=BATCH_SIZE, metavar="B", help=f"at once ({BATCH_SIZE})"
+    )
     command.add_argument("--json", metavar="FILE", help="also write everything there")
 
 

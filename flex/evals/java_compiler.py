@@ -14,7 +14,6 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 from flex.errors import DataError
 from flex.evals.sandbox import Sandbox, Stage
@@ -60,17 +59,6 @@ class JavaCompiler:
             )
         self.classes: dict[str, bytes] = classes
         self._own = pair
-
-    def __enter__(self) -> JavaCompiler:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def compile(
         self, sources: Mapping[str, str], seconds: float = SECONDS

@@ -102,12 +102,12 @@ class Toolchain:
         return replace(stage, argv=(self.tools.get(stage.argv[0], stage.argv[0]), *stage.argv[1:]))
 
 
-def _limits(argv: tuple[str, ...], seconds: float, memory: int, **more: int) -> Stage:
-    return Stage(argv, "", seconds, memory, env=PATH, **more)
+def _limits(argv: tuple[str, ...], seconds: float, memory: int) -> Stage:
+    return Stage(argv, "", seconds, memory, env=PATH)
 
 
-def _compile(*argv: str, memory: int = 0) -> Stage:
-    return Stage(argv, "", COMPILE_SECONDS, memory, resident=3 << 30, processes=128, env=PATH)
+def _compile(*argv: str) -> Stage:
+    return Stage(argv, "", COMPILE_SECONDS, resident=3 << 30, processes=128, env=PATH)
 
 
 def table(memory: int) -> dict[str, Language]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from flex.errors import ConfigError, DataError
+from flex.errors import ConfigError
 from flex.evals import nll
 from flex.evals.benchmarks import load_benchmark
 from flex.evals.command import check_counts, subject
 from flex.evals.engine import versions
 from flex.evals.merge_check import MergeCheck, check
-from flex.files import write_atomic
+from flex.evals.results import write_asked
 
 
 def nll_command(args: argparse.Namespace) -> int:
@@ -93,7 +92,7 @@ def merge_check_command(args: argparse.Namespace) -> int:
             "max_new_tokens": args.max_new_tokens,
             **asdict(found),
         }
-        _write(Path(args.json), record)
+        write_asked(Path(args.json), record)
     _print_check(found, args.dtype, args.quantise)
     return 0
 
@@ -126,14 +125,3 @@ def _table(*titles: str) -> Table:
     for number, title in enumerate(titles):
         table.add_column(title, justify="right" if number else "left")
     return table
-
-
-def _write(path: Path, record: dict[str, object]) -> None:
-    try:
-        write_atomic(path, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written: {error.strerror}",
-            "--json asks for the result in that file",
-            "make room or create the folder, or give another file",
-        ) from error

@@ -24,9 +24,9 @@ from flex.errors import DataError
 from flex.evals.generate import context_of
 from flex.evals.journal import differing
 from flex.evals.progress import Meter
+from flex.evals.results import write_asked
 from flex.evals.stats import Interval, Test, bootstrap, sign_flip
 from flex.evals.tasks import Benchmark
-from flex.files import write_atomic
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -192,15 +192,7 @@ def _by_language(tasks: Sequence[TaskNll]) -> dict[str, list[TaskNll]]:
 def save(report: NllReport, path: Path) -> None:
     """Write a report. Raises DataError: the disk refuses."""
     summary = [asdict(figure) for figure in figures(report)]
-    data = {"summary": summary, **asdict(report)}
-    try:
-        write_atomic(path, json.dumps(data, indent=1, allow_nan=False).encode() + b"\n")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written: {error.strerror}",
-            "--json asks for the result in that file",
-            "make room or create the folder, or give another file",
-        ) from error
+    write_asked(path, {"summary": summary, **asdict(report)})
 
 
 def load(path: Path) -> NllReport:

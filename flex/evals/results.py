@@ -302,9 +302,25 @@ def _shallow(report: EvalReport, kind: type = EvalReport) -> dict[str, Any]:
     return {field.name: getattr(report, field.name) for field in fields(kind)}
 
 
+def write_asked(path: Path, value: Mapping[str, Any], what: str = "result") -> None:
+    """Write what the option --json of a command asks for, atomically. Raises DataError: the disk refuses."""
+    try:
+        write_atomic(path, _bytes(value))
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written: {error.strerror}",
+            f"--json asks for the {what} in that file",
+            "make room or create the folder, or give another file",
+        ) from error
+
+
+def _bytes(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+
+
 def _write(path: Path, value: Mapping[str, Any]) -> None:
     try:
-        write_atomic(path, json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
+        write_atomic(path, _bytes(value))
         fsync_path(path.parent)
     except OSError as error:
         raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from flex.errors import ConfigError, DataError
+from flex.errors import ConfigError
 from flex.evals.compare import Comparison, Flip, System, compare
 from flex.evals.compare_groups import GroupComparison, compare_groups
-from flex.evals.results import EvalReport, load
+from flex.evals.results import EvalReport, load, write_asked
 from flex.evals.stats import ALPHA, Interval, least_flips, permutation_floor, unseen_rate
 from flex.evals.summary import summarise
-from flex.files import write_atomic
 
 FORMAT = "flex-compare-1"
 _SHOWN = 15  # flipped tasks that are printed each way; the JSON holds all
@@ -311,12 +309,4 @@ def _write(path: Path, comparisons: Sequence[Comparison | GroupComparison]) -> N
         }
         for comparison in comparisons
     ]
-    data = json.dumps({"format": FORMAT, "comparisons": entries}, indent=1, allow_nan=False)
-    try:
-        write_atomic(path, data.encode() + b"\n")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written: {error.strerror}",
-            "--json asks for the comparison in that file",
-            "make room or create the folder, or give another file",
-        ) from error
+    write_asked(path, {"format": FORMAT, "comparisons": entries}, "comparison")

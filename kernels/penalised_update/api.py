@@ -202,7 +202,7 @@ def _singles(group: UpdateGroup) -> list[UpdateGroup]:
 
 
 def _together(singles: Sequence[UpdateGroup]) -> list[UpdateGroup]:
-    """Groups by scalars again: list operations over many tensors, and one compiled step."""
+    """Groups by scalars again: one call for many tensors."""
     found: dict[tuple[object, bool], list[UpdateGroup]] = {}
     for single in singles:
         found.setdefault((single.scalars, single.copies is None), []).append(single)
