@@ -268,6 +268,22 @@ class TrainSection(Section):
     sample_prompt: bool = Field(True, description="print a sample completion before and after")
 
 
+class EvalSection(Section):
+    """Pass@1 of a few tasks while training: a look, not a result (that is `python -m flex eval`)."""
+
+    every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between looks, one more at the end; 0: never"
+    )
+    benchmark: str = Field(
+        "builtin-python-validation", description="as `python -m flex eval --benchmark`"
+    )
+    path: str | None = Field(
+        None, description="local file of the benchmark; none: the Hub, or the package"
+    )
+    limit: Positive = Field(24, description="its first N tasks")
+    max_new_tokens: Positive = Field(256, description="of each completion")
+
+
 class KernelsConfig(Section):
     impl: Literal["auto", "torch", "triton"] = Field(
         "auto",
@@ -330,6 +346,7 @@ class RunConfig(Section):
     penalty: PenaltyConfig = PenaltyConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
     kernels: KernelsConfig = KernelsConfig()
     profile: ProfileConfig = ProfileConfig()
 

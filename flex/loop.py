@@ -24,6 +24,7 @@ from .stop import Stop, StopSignal
 if TYPE_CHECKING:
     from .config import RunConfig
     from .data.loader import StepLoader
+    from .evals.spot_check import SpotCheck
     from .penalty import SpectralPenalty
     from .trackers import Tracker
 
@@ -44,6 +45,7 @@ class Trainer:
     penalty: SpectralPenalty | None
     checkpoints: Path
     extra: dict[str, object]  # into every checkpoint: config hash, versions
+    spot_check: SpotCheck | None = None
     state: TrainState = field(default_factory=TrainState)
     failed_saves: int = 0
     skipped_in_a_row: int = 0
@@ -70,6 +72,10 @@ class Trainer:
                 with named("validation"):
                     report.validation_loss = validation_loss(self.engine, self.validation)
                 self.state.last_validation_loss = report.validation_loss
+            if self.spot_check and (last or is_due(report.step, self.cfg.eval.every)):
+                with named("spot check"):
+                    found = self.spot_check.run(self.engine)
+                report.passed, report.evaluated = found.passed, found.tasks
             if self.penalty is not None and is_due(report.step, self.cfg.train.log_every):
                 self.engine.gather()
                 report.high_band = self.penalty.high_band_share()

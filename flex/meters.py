@@ -91,7 +91,7 @@ class Meter:
     def update(self, report: StepReport) -> dict[str, Any]:
         """Record one step, print it if it is due, and return the record for the trackers.
 
-        Due: each `log_every`-th step, the last one, and any that validated or was skipped.
+        Due: each `log_every`-th step, the last one, and any that validated, ran tasks or was skipped.
         """
         self._window.append((report.tokens, report.positions, report.seconds))
         tokens, positions, seconds = (sum(column) for column in zip(*self._window, strict=True))
@@ -105,6 +105,7 @@ class Meter:
         record["elapsed_seconds"] = time.monotonic() - self._start
         due = report.step % self._log_every == 0 or report.step == self._total
         due = due or report.skipped or report.validation_loss is not None
+        due = due or report.passed is not None
         self._emit(record, format_line(record, self._total, self._penalty) if due else None)
         if self._bar:
             self._bar.update(self._task, completed=report.step)
@@ -122,6 +123,8 @@ def format_line(record: dict[str, Any], total: int, penalty: bool = True) -> str
     parts = [f"step {record['step']}/{total}", f"loss {record['loss']:.3f}"]
     if "validation_loss" in record:
         parts.append(f"val {record['validation_loss']:.3f}")
+    if "passed" in record:
+        parts.append(f"passed {record['passed']}/{record['evaluated']}")
     if penalty:
         parts.append(
             f"penalty {record['penalty']:.3g} (lambda*P {record['penalty_weighted']:.1e}, "

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from .config import RunConfig
     from .data.loader import StepLoader
+    from .evals.spot_check import SpotCheck
     from .run_folder import RunFolder
 
 log = logging.getLogger("flex.session")
@@ -50,9 +51,10 @@ class Session:
         loader: StepLoader,
         validation: list[Batch],
         examples: list[Example],
+        spot_check: SpotCheck | None = None,
     ) -> None:
         self.cfg, self.folder, self.tokenizer, self.loader = cfg, folder, tokenizer, loader
-        self.validation = validation
+        self.validation, self.spot_check = validation, spot_check
         self.sample = examples[0] if examples and cfg.train.sample_prompt else None
         self.rank = processes.rank()
 
@@ -71,6 +73,7 @@ class Session:
             penalty,
             self.folder.checkpoints,
             extra={"config_hash": self.folder.config_hash},
+            spot_check=self.spot_check,
         )
         if loaded is not None:
             trainer.state = loaded.state

@@ -85,6 +85,8 @@ class StepReport:
         default_factory=dict
     )  # share of energy above the threshold, "A" and "B"
     validation_loss: float | None = None
+    passed: int | None = None  # greedy completions that solved their task, of `evaluated`
+    evaluated: int | None = None
     refreshed: bool = False
     skipped: bool = False  # non-finite gradient: nothing was updated
     memory_bytes: int = 0

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import argparse
 import logging
 import warnings
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,13 +66,18 @@ def run(cfg: RunConfig) -> int:
     check_profile(cfg.profile, loader.total_steps)
     validation = validation_batches(data.validation, cfg, rank, world, pad)
     processes.share_cores()
-    with open_run(cfg, rank, data.fingerprint()) as folder:
+    with ExitStack() as stack:
+        spot_check = None
+        if cfg.eval.every:
+            from flex.evals.spot_check import SpotCheck
+
+            spot_check = stack.enter_context(SpotCheck(cfg.eval, tokenizer, rank))
+        folder = stack.enter_context(open_run(cfg, rank, data.fingerprint()))
         processes.start(cfg)
-        try:
-            session = Session(cfg, folder, tokenizer, loader, validation, data.validation)
-            return session.run()
-        finally:
-            processes.stop()
+        stack.callback(processes.stop)
+        return Session(
+            cfg, folder, tokenizer, loader, validation, data.validation, spot_check
+        ).run()
 
 
 def set_up_logging() -> None:

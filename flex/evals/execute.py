@@ -37,6 +37,7 @@ class Runner:
     Attributes:
         level: the sandbox that was found.
         toolchain: its version line; None if it is missing, and every run then says "missing".
+        missing: what is missing of the tool chain; "" if it is there.
 
     Raises:
         DataError: unknown language, nothing isolates and `allow_unsandboxed` is False, or an empty
@@ -63,7 +64,7 @@ class Runner:
         self._language = languages[language]
         self._seconds, self._workers = seconds, workers
         self._tools = toolchain(self._language)
-        self.toolchain = self._tools.version
+        self.toolchain, self.missing = self._tools.version, self._tools.missing
         self._sandbox = Sandbox(allow_unsandboxed, self._tools.readable)
         self.level = self._sandbox.level
         self._java: JavaCompiler | None = None
