@@ -128,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--k", type=int, default=1, metavar="N", help="of pass@k (1)")
     compare.add_argument("--json", metavar="FILE", help="also write everything there")
 
+    race = add(commands, "race", _race, "race the optimizers: how much budget Sophia needs")
+    race.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML, see flex/recipes/races/"
+    )
+    race.add_argument("--workers", type=int, metavar="N", help="runs at once (one per core)")
+
     data = group("data", "look at the training data")
     show = add(data, "show", _data_show, "print examples: which tokens bear loss")
     show.add_argument("--n", type=int, default=3, metavar="N", help="examples (3)")
@@ -229,6 +235,15 @@ def _compare(args: argparse.Namespace) -> int:
     from flex.evals.tables import compare_command
 
     return compare_command(args.files, args.group, args.pair, args.json, args.k)
+
+
+def _race(args: argparse.Namespace) -> int:
+    from flex.train import set_up_logging
+
+    set_up_logging()
+    from flex.race.command import race_command
+
+    return race_command(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -222,6 +222,9 @@ class OptimConfig(Section):
     lr: Annotated[float, Field(gt=0)] | None = Field(
         None, description="peak rate; none: the optimizer's default"
     )
+    lr_ratio_b: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="B's rate as a multiple of A's; above 1: LoRA+ (arXiv 2402.12354)"
+    )
     betas: tuple[Beta, Beta] | None = Field(
         None, description="decay of the momentum and of the second state; none: the optimizer's"
     )

@@ -25,6 +25,7 @@ _BOOKKEEPING = {
     *("kernels.impl", "profile.tool", "profile.steps"),
     *("train.eval_every", "train.eval_batch_size", "train.save_every", "train.keep"),
     *("train.log_every", "train.sample_prompt"),
+    *("eval.every", "eval.benchmark", "eval.path", "eval.limit", "eval.max_new_tokens"),
     "penalty.preset",  # its fields are in the hash, resolved
     *("data.path", "data.validation_path"),  # files may move; the run folder knows their contents
 }

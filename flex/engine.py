@@ -116,7 +116,7 @@ class Engine:
         if isinstance(self.optimizer, Sophia):
             self.optimizer.clipped = None
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters.values() if p.grad is not None]

@@ -52,6 +52,8 @@ def build_optimizer(
     `impl` ("auto", "torch", "triton") is Sophia's; the others have one implementation.
     """
     groups = parameter_groups(parameters, curvature_offsets)
+    for group in groups:
+        group["lr_ratio"] = cfg.lr_ratio_b if group["factor"] == "B" else 1.0
     assert cfg.lr is not None and cfg.betas is not None
     common: dict[str, Any] = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
     if cfg.name == "sophia":

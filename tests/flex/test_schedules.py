@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 
 from flex.config import OptimConfig
-from flex.optim import learning_rate
+from flex.engine import Engine
+from flex.optim import build_optimizer, learning_rate
 
 
 def test_cosine_reaches_peak_after_warmup_and_floor_at_the_end():
@@ -36,3 +38,21 @@ def test_linear_and_constant():
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_one_step_run_moves(schedule):
     assert learning_rate(OptimConfig(lr=1.0, warmup=0.1, schedule=schedule), 0, 1) > 0
+
+
+def test_lora_plus_moves_b_by_a_multiple_of_the_rate():
+    cfg = OptimConfig(
+        name="signum", lr=1e-3, lr_ratio_b=8.0, weight_decay=0.0, clip_norm=0.0, betas=(0.0, 0.0)
+    )
+    parameters = {
+        f"x.lora_{factor}.weight": torch.nn.Parameter(torch.zeros(2, 3)) for factor in "AB"
+    }
+    engine = Engine(torch.nn.Module(), build_optimizer(cfg, parameters), parameters, 0.0)
+    for p in parameters.values():
+        p.grad = torch.ones_like(p)
+    engine.update(5e-4)
+    moved = {name: p.abs().max().item() for name, p in parameters.items()}
+    assert moved == {
+        "x.lora_A.weight": pytest.approx(5e-4),
+        "x.lora_B.weight": pytest.approx(4e-3),
+    }

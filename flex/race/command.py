@@ -1,0 +1,27 @@
+"""`python -m flex race --config FILE`: hold a race, or go on with it, and print its verdict."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from flex.errors import ConfigError
+
+
+def race_command(args: argparse.Namespace) -> int:
+    """Returns 0. Raises FlexError; what was run by then is kept."""
+    from flex.race.protocol import load_race
+    from flex.race.report import write_report
+    from flex.race.stages import hold
+
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(f"--workers {args.workers}", "nothing would run", "give 1 or more")
+    race = load_race(Path(args.config))
+    folder = Path(race.dir) / race.name
+    workers = args.workers or len(os.sched_getaffinity(0))
+    book = hold(race, folder, workers, lambda line: print(line, flush=True))
+    print()
+    print(write_report(race, book, folder), end="")
+    print(folder)
+    return 0
