@@ -21,11 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import TL_DTYPES
+from ..launching import ALIGNMENT, TL_DTYPES
 from ..runtime import require
 from ..sophia_update.kernel import sophia_step
 from ..sophia_update.scalars import SCALARS
-from ..sophia_update.table import ALIGNMENT
 from ..spectral_penalty.core import (
     circulant_class,
     circulant_eight,
@@ -36,6 +35,7 @@ from ..spectral_penalty.kernel import NUM_WARPS, on_device, own_piece, owners
 from ..spectral_penalty.kernel import constants as plan_constants
 from ..spectral_penalty.tables import Plan, Tables
 
+COLUMNS = 12
 # Padded points of a program up to which p stays in registers: 32 of them per thread. A longer row
 # takes 246 to 255 of sm_90's 255 registers without it (the kernels report), and would need 64 more.
 HELD_POINTS = 8192
@@ -212,7 +212,7 @@ def _penalised_kernel(
     if q1 != q2:
         dft2 = stacked_table(dft2_ptr, Q2, PRECISION)
     tl.debug_barrier()  # tables are in shared memory before p is loaded: else both take registers
-    tables = (dft1, dft2, twiddle_ptr, sigma_ptr, twist_ptr)
+    tables = (dft1, dft2, twiddle_ptr, sigma_ptr, twist_ptr, row_ptr + 11)
     if SPLIT == 1:
         pair = mask & (piece * 2 + 1 < vectors)
         p0, re = _load_block(row_ptr, piece * 2, mask, 0, TYPES, SHAPE, UNIT)
@@ -224,7 +224,7 @@ def _penalised_kernel(
         p1, x1 = _load_block(row_ptr, piece, mask, 1, TYPES, SHAPE, UNIT)
         p2, x2 = _load_block(row_ptr, piece, mask, 2, TYPES, SHAPE, UNIT)
         p3, x3 = _load_block(row_ptr, piece, mask, 3, TYPES, SHAPE, UNIT)
-        x0, x1, x2, x3, energy = circulant_four(x0, x1, x2, x3, tables, Q1, Q2, PRECISION)
+        x0, x1, x2, x3, energy = circulant_four(x0, x1, x2, x3, tables, Q1, Q2, PRECISION, False)
         ps, xs = (p0, p1, p2, p3), (x0, x1, x2, x3)  # type: ignore[assignment]
     else:
         p0, x0 = _load_block(row_ptr, piece, mask, 0, TYPES, SHAPE, UNIT)
@@ -236,7 +236,7 @@ def _penalised_kernel(
         p6, x6 = _load_block(row_ptr, piece, mask, 6, TYPES, SHAPE, UNIT)
         p7, x7 = _load_block(row_ptr, piece, mask, 7, TYPES, SHAPE, UNIT)
         x0, x1, x2, x3, x4, x5, x6, x7, energy = circulant_eight(
-            x0, x1, x2, x3, x4, x5, x6, x7, tables, Q1, Q2, PRECISION
+            x0, x1, x2, x3, x4, x5, x6, x7, tables, Q1, Q2, PRECISION, False
         )
         ps = (p0, p1, p2, p3, p4, p5, p6, p7)  # type: ignore[assignment]
         xs = (x0, x1, x2, x3, x4, x5, x6, x7)  # type: ignore[assignment]
@@ -329,7 +329,8 @@ def holds(spec: Plan) -> bool:
 
 def constants(spec: Plan) -> dict[str, Any]:
     """The constexprs that a plan fixes."""
-    return {**plan_constants(spec), "HOLDS": holds(spec), "SCALARS": SCALARS}
+    own = {"COLUMNS": COLUMNS, "HOLDS": holds(spec), "SCALARS": SCALARS}
+    return {**plan_constants(spec), **own}
 
 
 def update_launch(
