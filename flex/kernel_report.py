@@ -83,9 +83,13 @@ def compare_with_golden(
         for field, slack in (("registers", REGISTER_SLACK), ("spills", 0), ("shared", 0)):
             if row[field] > recorded[field] + slack:
                 found.append(f"{key}: {field} {row[field]}, recorded {recorded[field]}")
-        for field in ("mma", "wide_loads"):
-            if recorded[field] and not row[field]:
-                found.append(f"{key}: {field} 0, recorded {recorded[field]}")
+        # tables are read wide in any case: fewer wide loads mean that data no longer is
+        for field, least in (
+            ("mma", min(recorded["mma"], 1)),
+            ("wide_loads", recorded["wide_loads"]),
+        ):
+            if row[field] < least:
+                found.append(f"{key}: {field} {row[field]}, recorded {recorded[field]}")
     present = {f"{row['name']} {row['target']}" for row in rows}
     found += [f"{key}: recorded, but no longer shipped" for key in golden if key not in present]
     return found

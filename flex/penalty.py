@@ -28,26 +28,15 @@ from flex.kernels.spectral_penalty import (
     Spectrum,
     curvature_constant,
     high_band_energy,
-    spectral_penalty,
-    spectral_penalty_delta,
     spectral_penalty_into,
 )
+
+from .penalty_stacks import LoraPair, require_whole, stack_equal_shapes
 
 log = logging.getLogger("flex.penalty")
 
 # (parameters, lambda * gradient stacked over them), per group of equal matrices
 Gradients = list[tuple[tuple[nn.Parameter, ...], Tensor]]
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """One adapted linear: A (r, d_in), B (d_out, r), scale = alpha / r; the model's names."""
-
-    a_name: str
-    a: nn.Parameter
-    b_name: str
-    b: nn.Parameter
-    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -97,7 +86,7 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
             a = cast(nn.Parameter, module.lora_A[adapter].weight)
             b = cast(nn.Parameter, module.lora_B[adapter].weight)
             for p in (a, b):
-                _require_whole(names[id(p)], p)
+                require_whole(names[id(p)], p)
             if not (a.requires_grad or b.requires_grad):
                 continue
             if a.ndim == 2 and b.ndim == 2:
@@ -149,7 +138,7 @@ class SpectralPenalty:
             )
         fields = Spectrum.__dataclass_fields__
         self.spectrum = Spectrum(**{name: getattr(self.config, name) for name in fields})
-        self._groups = self._stack_equal_shapes()
+        self._groups = stack_equal_shapes(self.pairs, self.config.target)
         # what a rank takes whole: a matrix, or for delta_w a pair
         self._units = [(g, i) for g, group in enumerate(self._groups) for i in range(len(group))]
         mean = self.config.reduce == "mean"
@@ -191,7 +180,7 @@ class SpectralPenalty:
         for members in self._by_device().values():
             names, params, roles, starts = zip(*members, strict=True)
             for name, param in zip(names, params, strict=True):
-                _require_whole(name, param)
+                require_whole(name, param)
             grads = [_gradient_of(param) for param in params]
             found = spectral_penalty_into(
                 params, grads, self.spectrum, roles, self._factor, starts, self.impl
@@ -316,22 +305,6 @@ class SpectralPenalty:
         for group in self._groups:
             group.note_start()
 
-    def _stack_equal_shapes(self) -> list[_Group]:
-        keep = self.config.target != "factors"
-        members: dict[tuple, list[LoraPair]] = {}
-        if self.config.target == "delta_w":
-            for p in self.pairs:
-                members.setdefault((*_kind(p.a), *_kind(p.b), p.scale), []).append(p)
-            return [
-                _Group([_Stack.of(role, m, keep) for role in "AB"], m[0].scale)
-                for m in members.values()
-            ]
-        for p in self.pairs:
-            for role, w in (("A", p.a), ("B", p.b)):
-                if w.requires_grad:
-                    members.setdefault((role, *_kind(w)), []).append(p)
-        return [_Group([_Stack.of(key[0], m, keep)]) for key, m in members.items()]
-
     def _starts(self) -> dict[str, Tensor]:
         return {
             name: stack.start[i]
@@ -396,69 +369,6 @@ class SpectralPenalty:
         return gradients, PenaltyReport(torch.stack([weighted, square]), self.config.weight)
 
 
-class _Stack:
-    """Matrices of one role, shape, dtype and device; `start` (M, rows, columns) is w0, or none."""
-
-    def __init__(self, role: str, names: list[str], params: list[nn.Parameter], keep: bool) -> None:
-        self.role, self.names, self.params = role, tuple(names), tuple(params)
-        self.trainable = params[0].requires_grad
-        self.start = self.current() if keep else None
-        self.shape = (params[0].shape[0], params[0].shape[1])
-
-    @classmethod
-    def of(cls, role: str, pairs: list[LoraPair], keep: bool) -> _Stack:
-        if role == "A":
-            return cls(role, [p.a_name for p in pairs], [p.a for p in pairs], keep)
-        return cls(role, [p.b_name for p in pairs], [p.b for p in pairs], keep)
-
-    def current(self, span: slice = slice(None)) -> Tensor:
-        """w (m, rows, columns), a copy."""
-        for name, param in zip(self.names[span], self.params[span], strict=True):
-            _require_whole(name, param)
-        return torch.stack([p.detach() for p in self.params[span]])
-
-    def update(self, span: slice = slice(None)) -> Tensor:
-        """w - w0, or w when no start is kept."""
-        w = self.current(span)
-        return w if self.start is None else w.sub_(self.start[span])
-
-
-class _Group:
-    """What is computed together: one stack, or for delta_w the A's and B's of equal pairs."""
-
-    def __init__(self, stacks: list[_Stack], scale: float = 1.0) -> None:
-        self.stacks, self.scale = stacks, scale
-        self.unit_elements = sum(s.params[0].numel() for s in stacks)
-        self.trainable = [p for s in stacks if s.trainable for p in s.params]
-        self.note_start()
-
-    def __len__(self) -> int:
-        return len(self.stacks[0].params)
-
-    def note_start(self) -> None:
-        """B0 = 0, as PEFT starts, spares delta_w the terms of B0 A0."""
-        start = self.stacks[-1].start
-        self.moved = start is not None and bool(start.any())
-
-    def gradients(
-        self, span: slice, spectrum: Spectrum, weight: float, impl: str
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """weight * P (m,) and its gradient per stack, for the members in `span`."""
-        if len(self.stacks) == 1:
-            (s,) = self.stacks
-            value, grad = spectral_penalty(
-                s.update(span), spectrum, role=s.role, weight=weight, impl=impl
-            )
-            return value, (grad,)
-        a, b = self.stacks
-        a0, b0 = (s.start[span] if self.moved and s.start is not None else None for s in (a, b))
-        w_a, w_b = a.current(span), b.current(span)
-        value, *grads = spectral_penalty_delta(
-            w_a, w_b, spectrum, a0=a0, b0=b0, scale=self.scale, weight=weight, impl=impl
-        )
-        return value, tuple(grads)
-
-
 class _PenaltyLoss(torch.autograd.Function):
     """0 forward; backward hands out gradients that are already known. Keeps no parameter in ctx."""
 
@@ -485,18 +395,3 @@ def _gradient_of(param: nn.Parameter) -> Tensor:
     if param.grad is None:
         param.grad = torch.zeros_like(param)
     return param.grad
-
-
-def _kind(w: Tensor) -> tuple:
-    _require_whole("a LoRA matrix", w)
-    return (*w.shape, w.dtype, w.device, w.requires_grad)
-
-
-def _require_whole(name: str, w: Tensor) -> None:
-    if w.numel() == 0:
-        how = "partitioned by ZeRO-3" if hasattr(w, "ds_id") else "empty"
-        raise ModelError(
-            f"{name} is {how} (0 elements here)",
-            "a transform needs the whole matrix; the penalty would silently be 0",
-            'set "stage3_param_persistence_threshold" to 1e6 or more in the ds_config',
-        )

@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+ALIGNMENT = 16  # bytes: what a 128-bit load needs
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

@@ -57,8 +57,8 @@ def penalised_update(
     where one factor scales both; where the factor is 1, the three give the same.
 
     The Triton path is one launch per length of the feature axis, role and mix of dtypes, and two
-    that sum: 24 bytes per fp32 parameter and 4 for a start. Rows over 8192 padded points are read
-    once more, mostly from the cache.
+    that sum: 24 bytes per fp32 parameter and 4 for a start. Vectors over 8192 padded points that
+    have a start are read once more, mostly from the cache.
 
     Args:
         groups: matrices, (r, K) for role "A", (N, r) for "B", and their scalars. Under Triton p, m,

@@ -3,7 +3,7 @@
 Blocks as in spectral_penalty/kernel.py: one program takes two feature vectors of a matrix (split 1)
 or one, transforms them in registers, and updates them where they lie: 24 bytes per fp32 parameter
 and 4 for a start. m, h and g are loaded after the transform, so that each waits in registers for
-nobody. p is kept through the transform where registers are left (`holds`); a longer row is read
+nobody. p is kept through the transform; but for a long vector with a start (`holds`), which is read
 again, 4 bytes per parameter that were in this program's cache some microseconds before.
 
 The table of a launch, (matrices, COLUMNS) int64: addresses of p, m, h, g; the first program;
@@ -21,11 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import TL_DTYPES
+from ..launching import ALIGNMENT, TL_DTYPES
 from ..runtime import require
 from ..sophia_update.kernel import sophia_step
 from ..sophia_update.scalars import SCALARS
-from ..sophia_update.table import ALIGNMENT
 from ..spectral_penalty.core import (
     circulant_class,
     circulant_eight,
@@ -36,12 +35,14 @@ from ..spectral_penalty.kernel import NUM_WARPS, on_device, own_piece, owners
 from ..spectral_penalty.kernel import constants as plan_constants
 from ..spectral_penalty.tables import Plan, Tables
 
-# Padded points of a program up to which p stays in registers: 32 of them per thread. A longer row
-# takes 246 to 255 of sm_90's 255 registers without it (the kernels report), and would need 64 more.
-HELD_POINTS = 8192
-# Columns (B) that keep one value in local memory on sm_90, two to four spill instructions, by length
-# and whether there is a start; rows have none. They are not launched.
-SPILLING_COLUMNS = frozenset({(13824, False), (14336, True)})
+COLUMNS = 12
+# Padded points of a program beyond which p and x take 128 of the 255 registers of a thread. Then the
+# classes of a transform must be apart (core.py); and with a start, from which p and x differ at once,
+# holding p still spills (13824: 44 spill instructions on sm_90).
+SHORT_POINTS = 8192
+# Columns (B) that keep one value in local memory on sm_90, four spill instructions, by length and
+# whether there is a start; rows have none. They are not launched.
+SPILLING_COLUMNS = frozenset({(14336, True)})
 
 
 @triton.jit
@@ -191,6 +192,7 @@ def _penalised_kernel(
     HAS_CONTROL: tl.constexpr,
     UNIT: tl.constexpr,  # elements lie side by side and aligned: wide loads
     HOLDS: tl.constexpr,
+    APART: tl.constexpr,  # classes of a transform share no registers
     SCALARS: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -212,7 +214,7 @@ def _penalised_kernel(
     if q1 != q2:
         dft2 = stacked_table(dft2_ptr, Q2, PRECISION)
     tl.debug_barrier()  # tables are in shared memory before p is loaded: else both take registers
-    tables = (dft1, dft2, twiddle_ptr, sigma_ptr, twist_ptr)
+    tables = (dft1, dft2, twiddle_ptr, sigma_ptr, twist_ptr, row_ptr + 11)
     if SPLIT == 1:
         pair = mask & (piece * 2 + 1 < vectors)
         p0, re = _load_block(row_ptr, piece * 2, mask, 0, TYPES, SHAPE, UNIT)
@@ -224,7 +226,7 @@ def _penalised_kernel(
         p1, x1 = _load_block(row_ptr, piece, mask, 1, TYPES, SHAPE, UNIT)
         p2, x2 = _load_block(row_ptr, piece, mask, 2, TYPES, SHAPE, UNIT)
         p3, x3 = _load_block(row_ptr, piece, mask, 3, TYPES, SHAPE, UNIT)
-        x0, x1, x2, x3, energy = circulant_four(x0, x1, x2, x3, tables, Q1, Q2, PRECISION)
+        x0, x1, x2, x3, energy = circulant_four(x0, x1, x2, x3, tables, Q1, Q2, PRECISION, APART)
         ps, xs = (p0, p1, p2, p3), (x0, x1, x2, x3)  # type: ignore[assignment]
     else:
         p0, x0 = _load_block(row_ptr, piece, mask, 0, TYPES, SHAPE, UNIT)
@@ -236,7 +238,7 @@ def _penalised_kernel(
         p6, x6 = _load_block(row_ptr, piece, mask, 6, TYPES, SHAPE, UNIT)
         p7, x7 = _load_block(row_ptr, piece, mask, 7, TYPES, SHAPE, UNIT)
         x0, x1, x2, x3, x4, x5, x6, x7, energy = circulant_eight(
-            x0, x1, x2, x3, x4, x5, x6, x7, tables, Q1, Q2, PRECISION
+            x0, x1, x2, x3, x4, x5, x6, x7, tables, Q1, Q2, PRECISION, APART
         )
         ps = (p0, p1, p2, p3, p4, p5, p6, p7)  # type: ignore[assignment]
         xs = (x0, x1, x2, x3, x4, x5, x6, x7)  # type: ignore[assignment]
@@ -321,15 +323,25 @@ class Item:
         return self.length, self.unit, *(None if t is None else t.dtype for t in self.tensors)
 
 
-def holds(spec: Plan) -> bool:
-    """Whether p stays in registers through the transform."""
+def _is_long(spec: Plan) -> bool:
     q1, q2 = spec.padded
-    return spec.rows * spec.split * q1 * q2 <= HELD_POINTS
+    return spec.rows * spec.split * q1 * q2 > SHORT_POINTS
 
 
-def constants(spec: Plan) -> dict[str, Any]:
-    """The constexprs that a plan fixes."""
-    return {**plan_constants(spec), "HOLDS": holds(spec), "SCALARS": SCALARS}
+def holds(spec: Plan, start: bool) -> bool:
+    """Whether p stays in registers through the transform."""
+    return not (start and _is_long(spec))
+
+
+def constants(spec: Plan, start: bool) -> dict[str, Any]:
+    """The constexprs that a plan, and whether there is a start, fix."""
+    own = {"COLUMNS": COLUMNS, "SCALARS": SCALARS}
+    return {
+        **plan_constants(spec),
+        **own,
+        "HOLDS": holds(spec, start),
+        "APART": not start and _is_long(spec),
+    }
 
 
 def update_launch(
@@ -368,6 +380,6 @@ def update_launch(
         **dict(zip(names, types, strict=True)),
         HAS_CONTROL=control is not None,
         UNIT=items[0].unit,
-        **constants(spec),
+        **constants(spec, items[0].start is not None),
         num_warps=NUM_WARPS,
     )

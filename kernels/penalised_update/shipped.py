@@ -42,7 +42,7 @@ def _config(name: str, spec: Plan, unit: bool, start: bool, rounded: bool = Fals
             "COPY_TYPE": tl.bfloat16 if rounded else None,
             "HAS_CONTROL": True,
             "UNIT": unit,
-            **kernel.constants(spec),
+            **kernel.constants(spec, start),
         },
         num_warps=NUM_WARPS,
         mma=True,

@@ -21,12 +21,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..launching import to_device
+from ..launching import ALIGNMENT, to_device
 
 # Elements per program. 2048 fp32 over 128 threads are four 128-bit loads per thread and array, enough
 # in flight to cover a DRAM access; the 40 bytes of table per program are 0.1 % of what it moves.
 BLOCK = 2048
-ALIGNMENT = 16  # bytes: what a 128-bit load needs
 META_COLUMNS = 3
 
 

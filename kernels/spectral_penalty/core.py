@@ -114,8 +114,11 @@ def circulant_class(
     Q2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One residue class: twist, core with the class's sigma, untwist. tables: five pointers."""
-    dft1, dft2, twiddle_ptr, sigma_ptr, twist_ptr = tables
+    """One residue class: twist, core with the class's sigma, untwist.
+
+    tables: two, pointers to three, and a pointer to a zero (`_class_apart`).
+    """
+    dft1, dft2, twiddle_ptr, sigma_ptr, twist_ptr, _ = tables
     sigma_ptr += CLASS * Q1 * Q2
     if CLASS == 0:
         return circulant_pair(re, im, dft1, dft2, twiddle_ptr, sigma_ptr, Q1, Q2, PRECISION)
@@ -130,8 +133,41 @@ def circulant_class(
 
 
 @triton.jit
+def _class_apart(
+    re,
+    im,
+    tables,
+    CLASS: tl.constexpr,
+    Q1: tl.constexpr,
+    Q2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    APART: tl.constexpr,
+):
+    """`circulant_class`; if APART, under a condition that always holds, which nobody can know.
+
+    So the compiler computes addresses anew for every class, instead of keeping them in registers
+    from the first class to the last.
+    """
+    energy = 0.0
+    if APART:
+        if tl.load(tables[5], volatile=True) == 0:
+            re, im, energy = circulant_class(re, im, tables, CLASS, Q1, Q2, PRECISION)
+    else:
+        re, im, energy = circulant_class(re, im, tables, CLASS, Q1, Q2, PRECISION)
+    return re, im, energy
+
+
+@triton.jit
 def circulant_four(
-    x0, x1, x2, x3, tables, Q1: tl.constexpr, Q2: tl.constexpr, PRECISION: tl.constexpr
+    x0,
+    x1,
+    x2,
+    x3,
+    tables,
+    Q1: tl.constexpr,
+    Q2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """Classes of stride 4 of one real row: C x as four blocks, and <x, C x>.
 
@@ -139,9 +175,9 @@ def circulant_four(
     """
     a0, a1, b0, b1 = x0 + x2, x1 + x3, x0 - x2, x1 - x3
     u, v = a0 + a1, a0 - a1
-    u, _, e0 = circulant_class(u, tl.zeros_like(u), tables, 0, Q1, Q2, PRECISION)
-    v, _, e2 = circulant_class(v, tl.zeros_like(v), tables, 2, Q1, Q2, PRECISION)
-    re, im, e1 = circulant_class(b0, -b1, tables, 1, Q1, Q2, PRECISION)
+    u, _, e0 = _class_apart(u, tl.zeros_like(u), tables, 0, Q1, Q2, PRECISION, APART)
+    v, _, e2 = _class_apart(v, tl.zeros_like(v), tables, 2, Q1, Q2, PRECISION, APART)
+    re, im, e1 = _class_apart(b0, -b1, tables, 1, Q1, Q2, PRECISION, APART)
     a0, a1, re, im = u + v, u - v, 2.0 * re, 2.0 * im
     return a0 + re, a1 - im, a0 - re, a1 + im, e0 + e2 + 2.0 * e1
 
@@ -160,6 +196,7 @@ def circulant_eight(
     Q1: tl.constexpr,
     Q2: tl.constexpr,
     PRECISION: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """Classes of stride 8 of one real row: even ones from sums, odd ones from differences.
 
@@ -169,15 +206,15 @@ def circulant_eight(
     a0, a1, a2, a3 = x0 + x4, x1 + x5, x2 + x6, x3 + x7
     b0, b1, b2, b3 = x0 - x4, x1 - x5, x2 - x6, x3 - x7
     d, s = (b1 - b3) * ROOT, (b1 + b3) * ROOT
-    r1, i1, e1 = circulant_class(b0 + d, -b2 - s, tables, 1, Q1, Q2, PRECISION)
-    r3, i3, e3 = circulant_class(b0 - d, b2 - s, tables, 3, Q1, Q2, PRECISION)
+    r1, i1, e1 = _class_apart(b0 + d, -b2 - s, tables, 1, Q1, Q2, PRECISION, APART)
+    r3, i3, e3 = _class_apart(b0 - d, b2 - s, tables, 3, Q1, Q2, PRECISION, APART)
     energy = e1 + e3  # summed at once: every value that waits for the end takes a register
-    r2, i2, e2 = circulant_class(a0 - a2, a3 - a1, tables, 2, Q1, Q2, PRECISION)
+    r2, i2, e2 = _class_apart(a0 - a2, a3 - a1, tables, 2, Q1, Q2, PRECISION, APART)
     energy = 2.0 * (energy + e2)
     a0, a1 = a0 + a2, a1 + a3
     u, v = a0 + a1, a0 - a1
-    u, _, e0 = circulant_class(u, tl.zeros_like(u), tables, 0, Q1, Q2, PRECISION)
-    v, _, e4 = circulant_class(v, tl.zeros_like(v), tables, 4, Q1, Q2, PRECISION)
+    u, _, e0 = _class_apart(u, tl.zeros_like(u), tables, 0, Q1, Q2, PRECISION, APART)
+    v, _, e4 = _class_apart(v, tl.zeros_like(v), tables, 4, Q1, Q2, PRECISION, APART)
     energy += e0 + e4
     a0, a1 = u + v, u - v
     r2, i2 = 2.0 * r2, 2.0 * i2

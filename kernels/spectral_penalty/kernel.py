@@ -5,7 +5,8 @@ row of an A or a column of a B: both are a start and a stride, so they share a l
 g (and w0) are read once and g is written once; tables come from L2.
 
 The table of a launch, (matrices, COLUMNS) int64: addresses of w, g, w0; the number of vectors; the
-first program; then between vectors and between elements the strides of w, g and w0; and a zero.
+first program; then between vectors and between elements the strides of w, g and w0; a zero; and
+whether elements lie side by side and aligned, so that they are read and written 128 bits at a time.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import TL_DTYPES, to_device
+from ..launching import ALIGNMENT, TL_DTYPES, to_device
 from ..runtime import require
 from .core import circulant_class, circulant_eight, circulant_four, stacked_table
 from .tables import Plan, Tables
 
-COLUMNS = 12
+COLUMNS = 13
 NUM_WARPS = 8
 SUM_BLOCK = 1024  # partial values that the summing program reads at a time
 SUM_WARPS = 4
@@ -39,48 +40,91 @@ def _block(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     SHAPE: tl.constexpr,
-    zero,
+    UNIT: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):
-    """Pointers (Q1, Q2) to block BLOCK of vector `which` of w, g or w0. SHAPE: q1, q2, Q1, Q2."""
+    """Pointers (Q1, Q2) to block BLOCK of vector `which` of w, g or w0. SHAPE: q1, q2, Q1, Q2.
+
+    HIDDEN adds a zero that the compiler cannot know: else it keeps w's offsets through the
+    transform, and spills.
+    """
     pointer = tl.load(row_ptr + WHICH).to(tl.pointer_type(DTYPE))
-    stride_v, stride_e = tl.load(row_ptr + 5 + 2 * WHICH), tl.load(row_ptr + 6 + 2 * WHICH)
+    stride_v = tl.load(row_ptr + 5 + 2 * WHICH)
     offs_Q1, offs_Q2 = tl.arange(0, SHAPE[2]), tl.arange(0, SHAPE[3])
-    place = (offs_Q1 + zero)[:, None] * SHAPE[1] + (offs_Q2 + zero)[None, :]
-    start = pointer + which * stride_v + (BLOCK * SHAPE[0] * SHAPE[1]) * stride_e
-    # 32 bits inside a block, which the launcher checks: 64-bit addresses of every element spill
-    return start + place * stride_e.to(tl.int32)
+    if HIDDEN:
+        zero = tl.load(row_ptr + 11, volatile=True).to(tl.int32)
+        if UNIT:
+            zero = tl.multiple_of(zero, 16)
+        offs_Q1 += zero
+        offs_Q2 += zero
+    place = offs_Q1[:, None] * SHAPE[1] + offs_Q2[None, :]
+    if UNIT:
+        pointer, stride_v = tl.multiple_of(pointer, 16), tl.multiple_of(stride_v, 16)
+        return pointer + which * stride_v + BLOCK * SHAPE[0] * SHAPE[1] + place
+    else:
+        stride_e = tl.load(row_ptr + 6 + 2 * WHICH)
+        start = pointer + which * stride_v + (BLOCK * SHAPE[0] * SHAPE[1]) * stride_e
+        # 32 bits inside a block, which the launcher checks: 64-bit addresses of every element spill
+        return start + place * stride_e.to(tl.int32)
 
 
 @triton.jit
-def _load_block(
+def _load(
     row_ptr,
     which,
     mask,
     BLOCK: tl.constexpr,
-    W_TYPE: tl.constexpr,
-    START_TYPE: tl.constexpr,
+    TYPES: tl.constexpr,
     SHAPE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
-    """Block BLOCK of vector `which` of w - w0, fp32."""
-    w_ptr = _block(row_ptr, which, 0, W_TYPE, BLOCK, SHAPE, 0)
+    """Block BLOCK of vector `which` of w - w0, fp32. TYPES: of w, g, w0."""
+    w_ptr = _block(row_ptr, which, 0, TYPES[0], BLOCK, SHAPE, UNIT, False)
     w = tl.load(w_ptr, mask=mask, other=0.0).to(tl.float32)
-    if START_TYPE is not None:
-        zero = tl.load(row_ptr + 11, volatile=True).to(tl.int32)  # as in _add_block
-        start_ptr = _block(row_ptr, which, 2, START_TYPE, BLOCK, SHAPE, zero)
+    if TYPES[2] is not None:
+        start_ptr = _block(row_ptr, which, 2, TYPES[2], BLOCK, SHAPE, UNIT, True)
         w -= tl.load(start_ptr, mask=mask, other=0.0).to(tl.float32)
     return w
 
 
 @triton.jit
-def _add_block(
-    row_ptr, which, mask, x, BLOCK: tl.constexpr, G_TYPE: tl.constexpr, SHAPE: tl.constexpr
+def _add(
+    row_ptr,
+    which,
+    mask,
+    x,
+    BLOCK: tl.constexpr,
+    TYPES: tl.constexpr,
+    SHAPE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
-    """g += x for one block; returns the sum of x^2."""
-    # a zero that the compiler cannot know: else it keeps w's offsets through the transform, and spills
-    zero = tl.load(row_ptr + 11, volatile=True).to(tl.int32)
-    g_ptr = _block(row_ptr, which, 1, G_TYPE, BLOCK, SHAPE, zero)
+    """g += x for one block."""
+    g_ptr = _block(row_ptr, which, 1, TYPES[1], BLOCK, SHAPE, UNIT, True)
     g = tl.load(g_ptr, mask=mask, other=0.0).to(tl.float32)
-    tl.store(g_ptr, (g + x).to(G_TYPE), mask=mask)
+    tl.store(g_ptr, (g + x).to(TYPES[1]), mask=mask)
+
+
+@triton.jit
+def _load_block(
+    row_ptr, which, mask, unit, BLOCK: tl.constexpr, TYPES: tl.constexpr, SHAPE: tl.constexpr
+):
+    """`_load` by 128 bits where the matrix allows it; a branch of the whole program."""
+    if unit:
+        w = _load(row_ptr, which, mask, BLOCK, TYPES, SHAPE, True)
+    else:
+        w = _load(row_ptr, which, mask, BLOCK, TYPES, SHAPE, False)
+    return w
+
+
+@triton.jit
+def _add_block(
+    row_ptr, which, mask, unit, x, BLOCK: tl.constexpr, TYPES: tl.constexpr, SHAPE: tl.constexpr
+):
+    """`_add` by 128 bits where the matrix allows it; returns the sum of x^2."""
+    if unit:
+        _add(row_ptr, which, mask, x, BLOCK, TYPES, SHAPE, True)
+    else:
+        _add(row_ptr, which, mask, x, BLOCK, TYPES, SHAPE, False)
     return tl.sum(tl.sum(tl.where(mask, x * x, 0.0), axis=1), axis=0)
 
 
@@ -123,6 +167,7 @@ def _penalty_kernel(
     row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
     vectors = tl.load(row_ptr + 3)
     SHAPE: tl.constexpr = (q1, q2, Q1, Q2)
+    TYPES: tl.constexpr = (W_TYPE, G_TYPE, START_TYPE)
     offs_Q1, offs_Q2 = tl.arange(0, Q1), tl.arange(0, Q2)
     mask = (offs_Q1[:, None] < q1) & (offs_Q2[None, :] < q2)
     dft1 = stacked_table(dft1_ptr, Q1, PRECISION)
@@ -130,48 +175,46 @@ def _penalty_kernel(
     if q1 != q2:
         dft2 = stacked_table(dft2_ptr, Q2, PRECISION)
     tl.debug_barrier()  # tables are in shared memory before w is loaded: else both take registers
-    tables = (dft1, dft2, twiddle_ptr, sigma_ptr, twist_ptr)
+    # three dots for one: there the classes must be apart, or registers spill on sm_100
+    APART: tl.constexpr = PRECISION != "tf32"
+    tables = (dft1, dft2, twiddle_ptr, sigma_ptr, twist_ptr, row_ptr + 11)
+    unit = tl.load(row_ptr + 12) != 0
     if SPLIT == 1:
-        first, second = piece * 2, piece * 2 + 1
-        pair = mask & (second < vectors)
-        re = _load_block(row_ptr, first, mask, 0, W_TYPE, START_TYPE, SHAPE)
-        im = _load_block(row_ptr, second, pair, 0, W_TYPE, START_TYPE, SHAPE)
+        pair = mask & (piece * 2 + 1 < vectors)
+        re = _load_block(row_ptr, piece * 2, mask, unit, 0, TYPES, SHAPE)
+        im = _load_block(row_ptr, piece * 2 + 1, pair, unit, 0, TYPES, SHAPE)
         re, im, energy = circulant_class(re, im, tables, 0, Q1, Q2, PRECISION)
-        row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
-        square = _add_block(row_ptr, first, mask, 2.0 * weight * re, 0, G_TYPE, SHAPE)
-        square += _add_block(row_ptr, second, pair, 2.0 * weight * im, 0, G_TYPE, SHAPE)
+        xs = (re, im)
     elif SPLIT == 4:
-        x0 = _load_block(row_ptr, piece, mask, 0, W_TYPE, START_TYPE, SHAPE)
-        x1 = _load_block(row_ptr, piece, mask, 1, W_TYPE, START_TYPE, SHAPE)
-        x2 = _load_block(row_ptr, piece, mask, 2, W_TYPE, START_TYPE, SHAPE)
-        x3 = _load_block(row_ptr, piece, mask, 3, W_TYPE, START_TYPE, SHAPE)
-        x0, x1, x2, x3, energy = circulant_four(x0, x1, x2, x3, tables, Q1, Q2, PRECISION)
-        row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
-        square = _add_block(row_ptr, piece, mask, 2.0 * weight * x0, 0, G_TYPE, SHAPE)
-        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x1, 1, G_TYPE, SHAPE)
-        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x2, 2, G_TYPE, SHAPE)
-        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x3, 3, G_TYPE, SHAPE)
+        x0 = _load_block(row_ptr, piece, mask, unit, 0, TYPES, SHAPE)
+        x1 = _load_block(row_ptr, piece, mask, unit, 1, TYPES, SHAPE)
+        x2 = _load_block(row_ptr, piece, mask, unit, 2, TYPES, SHAPE)
+        x3 = _load_block(row_ptr, piece, mask, unit, 3, TYPES, SHAPE)
+        x0, x1, x2, x3, energy = circulant_four(x0, x1, x2, x3, tables, Q1, Q2, PRECISION, APART)
+        xs = (x0, x1, x2, x3)  # type: ignore[assignment]
     else:
-        x0 = _load_block(row_ptr, piece, mask, 0, W_TYPE, START_TYPE, SHAPE)
-        x1 = _load_block(row_ptr, piece, mask, 1, W_TYPE, START_TYPE, SHAPE)
-        x2 = _load_block(row_ptr, piece, mask, 2, W_TYPE, START_TYPE, SHAPE)
-        x3 = _load_block(row_ptr, piece, mask, 3, W_TYPE, START_TYPE, SHAPE)
-        x4 = _load_block(row_ptr, piece, mask, 4, W_TYPE, START_TYPE, SHAPE)
-        x5 = _load_block(row_ptr, piece, mask, 5, W_TYPE, START_TYPE, SHAPE)
-        x6 = _load_block(row_ptr, piece, mask, 6, W_TYPE, START_TYPE, SHAPE)
-        x7 = _load_block(row_ptr, piece, mask, 7, W_TYPE, START_TYPE, SHAPE)
+        x0 = _load_block(row_ptr, piece, mask, unit, 0, TYPES, SHAPE)
+        x1 = _load_block(row_ptr, piece, mask, unit, 1, TYPES, SHAPE)
+        x2 = _load_block(row_ptr, piece, mask, unit, 2, TYPES, SHAPE)
+        x3 = _load_block(row_ptr, piece, mask, unit, 3, TYPES, SHAPE)
+        x4 = _load_block(row_ptr, piece, mask, unit, 4, TYPES, SHAPE)
+        x5 = _load_block(row_ptr, piece, mask, unit, 5, TYPES, SHAPE)
+        x6 = _load_block(row_ptr, piece, mask, unit, 6, TYPES, SHAPE)
+        x7 = _load_block(row_ptr, piece, mask, unit, 7, TYPES, SHAPE)
         x0, x1, x2, x3, x4, x5, x6, x7, energy = circulant_eight(
-            x0, x1, x2, x3, x4, x5, x6, x7, tables, Q1, Q2, PRECISION
+            x0, x1, x2, x3, x4, x5, x6, x7, tables, Q1, Q2, PRECISION, APART
         )
-        row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
-        square = _add_block(row_ptr, piece, mask, 2.0 * weight * x0, 0, G_TYPE, SHAPE)
-        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x1, 1, G_TYPE, SHAPE)
-        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x2, 2, G_TYPE, SHAPE)
-        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x3, 3, G_TYPE, SHAPE)
-        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x4, 4, G_TYPE, SHAPE)
-        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x5, 5, G_TYPE, SHAPE)
-        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x6, 6, G_TYPE, SHAPE)
-        square += _add_block(row_ptr, piece, mask, 2.0 * weight * x7, 7, G_TYPE, SHAPE)
+        xs = (x0, x1, x2, x3, x4, x5, x6, x7)  # type: ignore[assignment]
+    row_ptr, piece = own_piece(owner_ptr, table_ptr, COLUMNS)
+    unit = tl.load(row_ptr + 12) != 0
+    square = 0.0
+    for i in tl.static_range(2 if SPLIT == 1 else SPLIT):
+        x = 2.0 * weight * xs[i]
+        if SPLIT == 1:
+            second = mask & (piece * 2 + i < vectors)
+            square += _add_block(row_ptr, piece * 2 + i, second, unit, x, 0, TYPES, SHAPE)
+        else:
+            square += _add_block(row_ptr, piece, mask, unit, x, i, TYPES, SHAPE)
     tl.store(values_ptr + pid, weight * energy)
     tl.store(squares_ptr + pid, square)
 
@@ -212,6 +255,14 @@ class Vectors:
     def length(self) -> int:
         return self.w.shape[1] if self.role == "A" else self.w.shape[0]
 
+    @property
+    def unit(self) -> bool:
+        """Whether 128-bit loads are allowed."""
+        tensors = [t for t in (self.w, self.g, self.w0) if t is not None]
+        aligned = all(t.data_ptr() % ALIGNMENT == 0 for t in tensors)
+        strides = [self.axes(t) for t in tensors]
+        return aligned and all(along == 1 and across % 16 == 0 for across, along in strides)
+
 
 def programs(spec: Plan, matrix: Vectors) -> int:
     """How many programs a matrix takes."""
@@ -250,7 +301,7 @@ def penalty_launch(
         start = matrix.w if matrix.w0 is None else matrix.w0
         strides = [s for t in (matrix.w, matrix.g, start) for s in matrix.axes(t)]
         addresses = [matrix.w.data_ptr(), matrix.g.data_ptr(), start.data_ptr()]
-        rows.append((*addresses, matrix.count, first, *strides, 0))
+        rows.append((*addresses, matrix.count, first, *strides, 0, int(matrix.unit)))
         first += count
     _penalty_kernel[(first,)](
         owners(counts, w.device),

@@ -39,6 +39,22 @@ def test_what_claims_a_dot_uses_tensor_cores(rows):
     assert checked and all(r["mma"] for r in checked)
 
 
+def test_rows_of_the_penalty_are_read_128_bits_at_a_time(rows):
+    """Tables are, anyhow; so count what the start adds: 256 threads take 4 elements at once."""
+    wide = {(r["name"], r["target"]): r["wide_loads"] for r in rows}
+    configs = [c for c in all_shipped() if c.name.startswith("spectral_penalty/")]
+    assert {c.name for c in configs if not c.wide_loads} == {"spectral_penalty/sum"}
+    checked = [
+        (c, t) for c in configs if f"{c.name}-start" in {d.name for d in configs} for t in c.targets
+    ]
+    assert len(checked) == 18
+    for c, target in checked:
+        vectors, blocks = (2, 1) if c.constants["SPLIT"] == 1 else (1, c.constants["SPLIT"])
+        elements = vectors * blocks * c.constants["q1"] * c.constants["q2"]
+        added = wide[f"{c.name}-start", target] - wide[c.name, target]
+        assert added * 256 * 4 >= elements, (c.name, target)
+
+
 def test_every_kernel_is_compiled_for_both_hopper_and_blackwell(rows):
     compiled = {(r["name"], r["target"]) for r in rows}
     for config in all_shipped():
@@ -74,6 +90,7 @@ def test_a_bad_binary_is_a_problem(target, change, message):
         ({"shared": 1024}, "shared 1024, recorded 0"),
         ({"mma": 0}, "mma 0, recorded 4"),
         ({"wide_loads": 0}, "wide_loads 0, recorded 2"),
+        ({"wide_loads": 1}, "wide_loads 1, recorded 2"),
         ({"problems": ["no tensor-core instruction"]}, "no tensor-core"),
         ({"name": "other"}, "not in the golden file"),
     ],

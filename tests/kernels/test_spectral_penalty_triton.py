@@ -133,6 +133,19 @@ def test_strided_gradients_and_neighbours() -> None:
     assert torch.equal(wide[:, 1::2], before[:, 1::2])
 
 
+def test_what_is_read_128_bits_at_a_time() -> None:
+    """Rows whose every element lies beside the last, all of them aligned to 16 bytes."""
+    w, g, wide = torch.zeros(3, 96), torch.zeros(3, 96), torch.zeros(3, 192)
+    assert kernel.Vectors(w, g, None, "A").unit
+    assert kernel.Vectors(w, g, wide[:, 4:100], "A").unit
+    for other in (wide[:, ::2], wide[:, 1:97], torch.zeros(3, 100)[:, :96], w.mT.contiguous().mT):
+        assert not kernel.Vectors(other, g, None, "A").unit
+        assert not kernel.Vectors(w, other, None, "A").unit
+        assert not kernel.Vectors(w, g, other, "A").unit
+    assert not kernel.Vectors(w.mT.contiguous(), g.mT.contiguous(), None, "B").unit
+    assert kernel.Vectors(w.mT, g.mT, None, "B").unit, "columns that lie as rows do"
+
+
 @pytest.mark.parametrize("role", "AB")
 def test_batched_form(role: str) -> None:
     w = torch.stack(matrices([(3, 64), (3, 64)]))
@@ -289,26 +302,24 @@ def test_auto_gives_the_rest_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- bugs that must not survive: (name, module, its text, what a careless author would have written)
 BUGS = (
-    ("gradient not doubled", kernel, "2.0 * weight * im", "weight * im"),
-    ("gradient overwritten", kernel, "(g + x).to(G_TYPE)", "x.to(G_TYPE)"),
-    ("last row dropped", kernel, "mask & (second < vectors)", "mask & (second + 1 < vectors)"),
+    ("gradient not doubled", kernel, "2.0 * weight * xs[i]", "weight * xs[i]"),
+    ("gradient overwritten", kernel, "(g + x).to(TYPES[1])", "x.to(TYPES[1])"),
+    ("last row dropped", kernel, "(piece * 2 + 1 < vectors)", "(piece * 2 + 2 < vectors)"),
     ("value without lambda", kernel, "weight * energy)", "energy)"),
-    ("square of the sum", kernel, "tl.where(mask, x * x", "tl.where(mask, (g + x) * (g + x)"),
+    ("sum for squares", kernel, "tl.where(mask, x * x", "tl.where(mask, x"),
     (
         "a block's square forgotten",
         kernel,
-        "square += _add_block(row_ptr, second",
-        "_add_block(row_ptr, second",
+        "square += _add_block(row_ptr, piece, mask",
+        "square = _add_block(row_ptr, piece, mask",
     ),
     ("start added", kernel, "w -= tl.load", "w += tl.load"),
     ("rows and columns swapped", kernel, 'if self.role == "A" else (along', "if True else (along"),
     ("last partial dropped", kernel, "mask=offs_N < end", "mask=offs_N < end - 1"),
-    (
-        "blocks overlap",
-        kernel,
-        "BLOCK * SHAPE[0] * SHAPE[1]",
-        "BLOCK * SHAPE[0]",
-    ),
+    ("blocks of columns overlap", kernel, "(BLOCK * SHAPE[0] * SHAPE[1])", "(BLOCK * SHAPE[0])"),
+    ("blocks of rows overlap", kernel, "BLOCK * SHAPE[0] * SHAPE[1] + place", "BLOCK + place"),
+    ("columns as rows in memory", kernel, "int(matrix.unit)", "1"),
+    ("wide where it must not be", kernel, "if unit:\n        w =", "if unit == 0:\n        w ="),
     ("twiddle conjugated", core, "re * cos - im * sin, re * sin", "re * cos + im * sin, re * sin"),
     ("no conjugate on the way back", core, "re * sigma, -im * sigma", "re * sigma, im * sigma"),
     ("energy without sigma", core, "(re * re + im * im) * sigma", "(re * re + im * im)"),
