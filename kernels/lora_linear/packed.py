@@ -140,6 +140,5 @@ def _room(count: int, dtype: torch.dtype) -> Tensor:
     kept = getattr(_scratch, "bytes", None)
     if kept is None or kept.numel() < size:
         _scratch.bytes = kept = None  # never both
-        with torch.inference_mode(False):  # else it could not be written to outside
-            _scratch.bytes = kept = torch.empty(size, dtype=torch.uint8)
+        _scratch.bytes = kept = torch.empty(size, dtype=torch.uint8)
     return kept[:size].view(dtype)

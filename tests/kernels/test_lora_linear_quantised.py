@@ -187,15 +187,6 @@ def test_two_layers_do_not_share_a_result(monkeypatch) -> None:
     assert all(torch.equal(f, e) for f, e in zip(found, both(*dense), strict=True))
 
 
-def test_inference_mode_leaves_no_trace(monkeypatch) -> None:
-    monkeypatch.setattr(packed, "STEP", 4096)
-    monkeypatch.setattr(packed, "_scratch", type(packed._scratch)())
-    weight = weight_of("nf4")
-    with torch.inference_mode():
-        packed.dense(weight, torch.bfloat16)
-    results(weight, torch.bfloat16)
-
-
 # --- what is kept, and when W is made
 
 
