@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 from weakref import WeakKeyDictionary
 
+import flex.model  # noqa: F401  # isort: skip  # before PEFT: it keeps code from the Hub out
 from peft.tuners.lora.layer import LoraLayer
 from rich.console import Console
 from rich.table import Table

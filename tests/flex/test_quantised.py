@@ -1,5 +1,9 @@
 """Adapters on a base in bitsandbytes' 4 or 8 bits: PEFT's numbers, names and files, by our kernel."""
 
+import subprocess
+import sys
+import types
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -8,6 +12,7 @@ from torch import nn
 
 from flex.config import LoraSection
 from flex.errors import ModelError
+from flex.evals.subject import Subject
 from flex.fuse import fuse_adapters, unfuse_adapters
 from flex.model import adapters
 from flex.model.adapters import (
@@ -266,3 +271,48 @@ def test_stock_peft_loads_what_was_trained_on_4_bits(tmp_path):
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     with loaded.disable_adapter():
         assert (logits(loaded) - expected).abs().max() > 0.01
+
+
+# ---- code from the Hub ----
+
+ASKED = """
+import sys, types, importlib.machinery
+asked = []
+class Finder:  # Hugging Face's package, as if installed
+    def find_spec(self, name, path=None, target=None):
+        if name == "kernels":
+            return importlib.machinery.ModuleSpec(name, self, origin="kernels/__init__.py")
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        module.get_kernel = lambda *a, **k: asked.append(a) or types.SimpleNamespace(
+            gemm_4bit_forward=lambda *a: 1 / 0
+        )
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", ASKED + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_importing_flex_asks_the_hub_for_no_code():
+    """bitsandbytes does at its import, on some CPUs, and PEFT imports it."""
+    run(
+        """
+import flex.fuse
+assert "bitsandbytes" in sys.modules and asked == [], asked
+import kernels
+assert kernels.get_kernel("x") and asked == [("x",)]  # others find it as before
+from flex.model.hub_code import refuse
+refuse()
+"""
+    )
+
+
+def test_code_that_came_before_flex_is_refused(monkeypatch):
+    backend = types.SimpleNamespace(gemm_4bit_forward_kernel=print)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.backends.cpu.ops", backend)
+    with pytest.raises(ModelError, match="a compiled kernel from the Hub"):
+        Subject(model="smollm2-135m", quantise="4bit")._base("float32")
