@@ -23,7 +23,8 @@ from flex.model.adapters import (
     factor_pairs,
     why_not_fused,
 )
-from flex.model.export import save_adapter
+from flex.model.export import merge, save_adapter
+from tests.flex.saved import load, make_base
 from tests.oracle import assert_within_budget
 from tests.tiny import VOCAB, tiny_model
 
@@ -47,6 +48,10 @@ def quantised(kind, dtype=torch.float32, compute_dtype=None, **fields):
     """The tiny model, its layers' projections quantised. Rows hold whole blocks of 64, for
     bitsandbytes' own forward is wrong on some CPUs where they do not."""
     model = tiny_model(hidden_size=64, intermediate_size=128, **fields).to(dtype)
+    return quantise(model, kind, compute_dtype)
+
+
+def quantise(model, kind, compute_dtype=None):
     for parent in list(model.model.layers.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
@@ -271,6 +276,20 @@ def test_stock_peft_loads_what_was_trained_on_4_bits(tmp_path):
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     with loaded.disable_adapter():
         assert (logits(loaded) - expected).abs().max() > 0.01
+
+
+def test_it_merges_into_the_full_precision_base(tmp_path):
+    base = make_base(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    plain = load(base)
+    model = fill(add_adapters(quantise(load(base), "4bit"), SECTION, seed=0))
+    adapter = save_adapter(model, tmp_path / "adapter", str(base))
+    report = merge(adapter, tmp_path / "merged")
+    assert report.base == str(base) and report.difference < 1e-4
+    merged = load(tmp_path / "merged")
+    for name, a, b, scale in factor_pairs(model):
+        name = name.removeprefix("base_model.model.") + ".weight"
+        expected = plain.get_parameter(name) + scale * b @ a
+        torch.testing.assert_close(merged.get_parameter(name), expected.detach())
 
 
 # ---- code from the Hub ----
