@@ -253,7 +253,10 @@ def add_adapters(
     for module in peft_model.modules():
         if isinstance(module, FusedLora):
             module.flex_impl = impl
-            module.adopt()
+    if "bitsandbytes" in sys.modules:
+        from flex.model.adapters_quantised import keep_layout
+
+        keep_layout(peft_model)  # of the layers without an adapter too
     adapters = adapter_parameters(peft_model)
     for parameter in adapters.values():
         parameter.data = parameter.data.float()  # PEFT widens 16-bit adapters only

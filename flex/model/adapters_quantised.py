@@ -18,6 +18,18 @@ from flex.kernels.lora_linear.packed import PACKED_DTYPES, why_not_dense
 from flex.model.adapters import FusedLora
 
 
+def keep_layout(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking the 4-bit weights of `model`.
+
+    In eval mode on a CPU with AVX512-BF16, its own forward puts the weight into another layout in
+    place, its scales rounded to bf16 for good, whose product passes no gradient on: training would
+    go on, after the first evaluation, without what flows through that layer.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 class _OverPacked(FusedLora):
     def computes_in(self, x: Tensor) -> torch.dtype:
         return x.dtype
@@ -43,9 +55,7 @@ class FlexLoraLinear4bit(_OverPacked, Linear4bit):
         return x.dtype if dtype is None else dtype
 
     def adopt(self) -> None:
-        # In eval mode on a CPU with AVX512-BF16, bitsandbytes' own forward (adapters disabled, say)
-        # would put the weight into another layout in place, its scales rounded to bf16 for good.
-        cast(Any, self.base_layer).support_avx512bf16_for_cpu = False
+        keep_layout(self.base_layer)
 
     def release(self) -> None:
         cast(Any, self.base_layer).support_avx512bf16_for_cpu = has_avx512bf16()
