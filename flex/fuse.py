@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 from weakref import WeakKeyDictionary
 
-from peft.tuners.lora.layer import Linear, LoraLayer
+import flex.model  # noqa: F401  # isort: skip  # before PEFT: it keeps code from the Hub out
+from peft.tuners.lora.layer import LoraLayer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from flex.errors import ModelError
 from flex.kernels.runtime import IMPLS, choose_impl, require_one_of
-from flex.model.adapters import FlexLoraLinear, never_fused, why_not_fused
+from flex.model.adapters import FusedLora, fused_class, never_fused, why_not_fused
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class FuseReport:
 
 # Fused layer -> PEFT's own object that it stands for. Not an attribute of the layer: a cycle would
 # keep a deleted model's memory, and a copy of the model would copy half of it.
-_ORIGINALS: WeakKeyDictionary[FlexLoraLinear, Linear] = WeakKeyDictionary()
+_ORIGINALS: WeakKeyDictionary[FusedLora, LoraLayer] = WeakKeyDictionary()
 
 
 def fuse_adapters(
@@ -80,9 +81,9 @@ def fuse_adapters(
 ) -> FuseReport:
     """Compute the LoRA layers of a PEFT model by the fused kernel: forward, backward, dropout.
 
-    Each of PEFT's LoRA layers over a plain nn.Linear gives its place in its parent to a
-    FlexLoraLinear, a subclass, that shares its whole state: the same Parameter objects,
-    sub-modules, settings, hooks and training flag. So optimizers, state dicts, names, saved files,
+    Each of PEFT's LoRA layers over a plain nn.Linear, or over bitsandbytes' 4 or 8 bits, gives its
+    place in its parent to one of our subclasses that shares its whole state: the same Parameter
+    objects, sub-modules, settings, hooks and training flag. So optimizers, state dicts, names, saved files,
     `set_adapter`, `merge_and_unload` and gradient checkpointing stay PEFT's, before or after. No
     class is patched.
 
@@ -120,6 +121,7 @@ def fuse_adapters(
     _replace(model, fused)
     for twin in fused.values():
         twin.flex_impl = impl
+        twin.adopt()
     rows = []
     for name, layer in layers.items():
         reason = _why_not_replaced(layer) or why_not_fused(layer)
@@ -143,9 +145,7 @@ def unfuse_adapters(model: nn.Module) -> int:
     layers = _lora_layers(model)
     _check(model, layers)
     stock = {
-        id(layer): _stock_twin(layer)
-        for layer in layers.values()
-        if isinstance(layer, FlexLoraLinear)
+        id(layer): _stock_twin(layer) for layer in layers.values() if isinstance(layer, FusedLora)
     }
     _replace(model, stock)
     return len(stock)
@@ -172,7 +172,7 @@ def _check(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
 
 def _why_not_replaced(layer: LoraLayer) -> str | None:
     """Why `layer` keeps its place: the kernel can never compute it, or a twin would not act alike."""
-    if isinstance(layer, FlexLoraLinear):
+    if isinstance(layer, FusedLora):
         return never_fused(layer)
     if "forward" in vars(layer):
         return "its forward is replaced (by accelerate's hooks, say)"
@@ -181,33 +181,35 @@ def _why_not_replaced(layer: LoraLayer) -> str | None:
     return never_fused(layer)
 
 
-def _fused_twin(layer: LoraLayer) -> FlexLoraLinear:
-    if isinstance(layer, FlexLoraLinear):
+def _fused_twin(layer: LoraLayer) -> FusedLora:
+    if isinstance(layer, FusedLora):
         return layer
-    twin = _twin(FlexLoraLinear, layer)
-    assert isinstance(twin, FlexLoraLinear)
-    _ORIGINALS[twin] = cast(Linear, layer)
+    kind = fused_class(type(layer))
+    assert kind is not None  # never_fused said so
+    twin = cast(FusedLora, _twin(kind, layer))
+    _ORIGINALS[twin] = layer
     return twin
 
 
-def _stock_twin(layer: FlexLoraLinear) -> Linear:
+def _stock_twin(layer: FusedLora) -> LoraLayer:
+    layer.release()
     layer.__dict__.pop("flex_impl", None)
-    return _ORIGINALS.pop(layer, None) or _twin(Linear, layer)
+    return _ORIGINALS.pop(layer, None) or _twin(layer.stock, layer)
 
 
-def _twin(kind: type[Linear], layer: LoraLayer) -> Linear:
+def _twin(kind: type[LoraLayer], layer: LoraLayer) -> LoraLayer:
     """An object of `kind` with the very same attribute dictionary: what one is told, both know."""
-    twin = kind.__new__(kind)
+    twin: LoraLayer = kind.__new__(kind)
     object.__setattr__(twin, "__dict__", layer.__dict__)
     return twin
 
 
-def _replace(model: nn.Module, twins: dict[int, FlexLoraLinear] | dict[int, Linear]) -> None:
+def _replace(model: nn.Module, twins: Mapping[int, LoraLayer]) -> None:
     """Put twins in the place of the modules with these ids, in every parent and under every name."""
     for parent, name, child in list(_children(model)):
         twin = twins.get(id(child))
         if twin is not None and twin is not child:
-            parent._modules[name] = twin
+            parent._modules[name] = cast(nn.Module, twin)
 
 
 def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

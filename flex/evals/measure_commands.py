@@ -80,7 +80,8 @@ def merge_check_command(args: argparse.Namespace) -> int:
     benchmark = load_benchmark(args.benchmark, args.data and Path(args.data), args.limit)
     system = subject(args)
     described = system.describe()
-    unmerged, merged = system.load(), replace(system, merged=True).load()
+    # An adapter trained beside 4 bits is merged into the full-precision base all the same.
+    unmerged, merged = system.load(), replace(system, merged=True, quantise=None).load()
     found = check(
         unmerged, merged, system.tokenizer(), benchmark, args.max_new_tokens, args.batch_size
     )
@@ -100,7 +101,9 @@ def merge_check_command(args: argparse.Namespace) -> int:
 def _print_check(found: MergeCheck, dtype: str, quantise: str | None) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(
-        f"merged against unmerged, {dtype}{', 4-bit base' if quantise else ''}", style="bold"
+        f"merged against unmerged, {dtype}"
+        f"{', merged into the full base, unmerged beside the 4-bit one' if quantise else ''}",
+        style="bold",
     )
     table = _table("", "")
     table.show_header = False

@@ -20,6 +20,7 @@ from flex.config import ModelConfig
 from flex.errors import ConfigError, ModelError
 from flex.model.base import load_config, load_model, load_tokenizer, reason, resolve
 from flex.model.export import adapter_config, cast_weights, load_adapted
+from flex.model.hub_code import refuse
 
 log = logging.getLogger("flex.evals")
 
@@ -37,7 +38,7 @@ class Subject:
         merged: add the adapter to the weights, in fp32 before they are cast; else stock PEFT
             computes it beside them.
         dtype: of the base weights.
-        quantise: "4bit" (bitsandbytes, NF4); an adapter is then merged into the rounded weights.
+        quantise: "4bit" (bitsandbytes, NF4). Not with `merged`: that would round the adapter too.
         revision: of a Hub id.
         device: "cpu", "cuda"; none: a GPU if there is one.
 
@@ -58,6 +59,13 @@ class Subject:
                 "--merged without --adapter",
                 "there is nothing to merge",
                 "give the adapter's folder, or leave --merged out",
+            )
+        if self.merged and self.quantise is not None:
+            raise ConfigError(
+                f"--merged with --quantise {self.quantise}",
+                "merging would round the adapter to the base's few bits",
+                "leave one of them out; merge-check --quantise tells what merging in full precision "
+                "changes",
             )
         if self.quantise is not None and self.model.startswith("shape:"):
             raise ConfigError(
@@ -122,7 +130,7 @@ class Subject:
             log.warning(
                 "%s was trained on %s and is evaluated on %s", adapter, trained_on, self.model
             )
-        exact = self.merged and self.quantise is None and self.dtype != "float64"
+        exact = self.merged and self.dtype != "float64"
         model = load_adapted(self._base("float32" if exact else self.dtype), adapter)
         if self.merged:
             merged: Any = model.merge_and_unload(safe_merge=True)
@@ -135,6 +143,7 @@ class Subject:
         if self.quantise is None:
             return load_model(self.config.model_copy(update={"dtype": dtype}), self.where)
         source = resolve(self.config)
+        refuse()
         try:
             model = _AnyAuto.from_pretrained(
                 source,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import logging
+import sys
 from collections import Counter
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -28,17 +29,19 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _QUANTISED = ("bitsandbytes", "4bit", "8bit", "quant", "gptq", "awq", "hqq", "eetq", "aqlm")
 
 
-class FlexLoraLinear(Linear):
-    """PEFT's LoRA layer over nn.Linear whose forward is one call of `lora_linear`.
+class FusedLora(nn.Module, LoraLayer):
+    """PEFT's LoRA layer, of whatever base layer, whose forward is one call of `lora_linear`.
 
-    x (..., K) of the base weight's dtype -> y (..., N). What the kernel does not cover goes to
-    PEFT's own forward: the reason is logged when it first appears and counted in `FALLBACKS`.
+    x (..., K) -> y (..., N). What the kernel does not cover goes to PEFT's own forward: the reason
+    is logged when it first appears and counted in `FALLBACKS`.
 
     The sub-modules `base_layer`, `lora_A`, `lora_B`, `lora_dropout` are read, not called; where one
     of them has hooks, PEFT's own forward calls it. `flex_impl` is the kernel's `impl`.
     """
 
     flex_impl = "auto"
+    stock: ClassVar[type[LoraLayer]]  # the class of PEFT that this one stands for
+    bases: ClassVar[tuple[type[nn.Module], ...]]  # the classes of base layers that it reads
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         reason = why_not_fused(self) or _why_not_this_call(self, x, args, kwargs)
@@ -48,34 +51,104 @@ class FlexLoraLinear(Linear):
                     "PEFT's own forward computes LoRA layers: %s (counted in FALLBACKS)", reason
                 )
             FALLBACKS[reason] += 1
-            return super().forward(x, *args, **kwargs)
+            found: Tensor = super().forward(x, *args, **kwargs)
+            return found
         name = self.active_adapters[0]
-        base, dropout = cast(nn.Linear, self.base_layer), self.lora_dropout[name]
+        dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         # From torch's CPU generator: activation checkpointing restores it, so the mask recurs.
         seed = int(torch.randint(SEEDS, (), device="cpu")) if p > 0 else None
         a, b = _factors(self, name)
-        scale = self.scaling[name]
-        return lora_linear(x, base.weight, base.bias, a, b, scale, p, seed, self.flex_impl)
+        weight, bias = self.frozen()
+        dtype = x.dtype
+        y = lora_linear(
+            self.cast(x), weight, bias, a, b, self.scaling[name], p, seed, self.flex_impl
+        )
+        return y if y.dtype == dtype else y.to(dtype)
+
+    def frozen(self) -> tuple[Any, Tensor | None]:
+        """W and the bias as `lora_linear` takes them."""
+        base = cast(nn.Linear, self.base_layer)
+        return base.weight, base.bias
+
+    def cast(self, x: Tensor) -> Tensor:
+        """x in the dtype that the base layer computes in."""
+        return x
+
+    def computes_in(self, x: Tensor) -> torch.dtype:
+        """The dtype that the base layer computes in, given x."""
+        raise NotImplementedError
+
+    def why_not_dtype(self, x: Tensor) -> str | None:
+        """Why x's dtype is not covered; None if it is."""
+        raise NotImplementedError
+
+    def adopt(self) -> None:
+        """Called when the layer takes its place in a model."""
+
+    def release(self) -> None:
+        """Called when PEFT's own layer takes the place back."""
+
+    @staticmethod
+    def never(base: Any) -> str | None:
+        """Why the kernel can never compute over this base layer, one of `bases`."""
+        return None
+
+    @staticmethod
+    def not_now(base: Any) -> str | None:
+        """Why it cannot in the base layer's present state."""
+        return None
+
+
+class FlexLoraLinear(FusedLora, Linear):
+    """`FusedLora` over a plain nn.Linear; x has the base weight's dtype."""
+
+    stock = Linear
+    bases = (nn.Linear,)
+
+    def computes_in(self, x: Tensor) -> torch.dtype:
+        return cast(Tensor, self.base_layer.weight).dtype
+
+    def why_not_dtype(self, x: Tensor) -> str | None:
+        dtype = self.computes_in(x)
+        return None if x.dtype == dtype else f"the input is {x.dtype}, the base weight {dtype}"
+
+    @staticmethod
+    def never(base: Any) -> str | None:
+        weight = base.weight
+        # torchao, tensor parallelism
+        if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
+            return f"the base weight is a {type(weight).__name__}"
+        if weight.dtype not in DTYPES:
+            return f"the base weight is {weight.dtype}"
+        return None
+
+
+def fused_class(kind: type[LoraLayer]) -> type[FusedLora] | None:
+    """The class of ours that computes PEFT's layers of class `kind`; None if there is none."""
+    if FusedLora in kind.__mro__:  # PEFT's are abstract classes, whose issubclass is slow
+        return cast(type[FusedLora], kind)
+    if kind is Linear:
+        return FlexLoraLinear
+    if kind.__module__ == "peft.tuners.lora.bnb":  # then bitsandbytes is there
+        from flex.model.adapters_quantised import FUSED
+
+        return FUSED.get(kind)
+    return None
 
 
 def never_fused(layer: LoraLayer) -> str | None:
     """Why the kernel can never compute `layer`, whatever state it gets into; None if it can."""
     base = cast(nn.Module, layer).__dict__["_modules"]["base_layer"]
-    kind, base_kind = type(layer), type(base)
-    if kind is not Linear and kind is not FlexLoraLinear:
+    base_kind = type(base)
+    fused = fused_class(type(layer))
+    if fused is None:
         quantised = f"{base_kind.__module__} {base_kind.__name__}".lower()
         note = ", quantised" if any(word in quantised for word in _QUANTISED) else ""
-        return f"it is PEFT's {kind.__name__} over a {base_kind.__name__}{note}"
-    if base_kind is not nn.Linear:
+        return f"it is PEFT's {type(layer).__name__} over a {base_kind.__name__}{note}"
+    if base_kind not in fused.bases:
         return f"the base layer is a {base_kind.__name__}"
-    weight = base.weight
-    # torchao, tensor parallelism
-    if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
-        return f"the base weight is a {type(weight).__name__}"
-    if weight.dtype not in DTYPES:
-        return f"the base weight is {weight.dtype}"
-    return None
+    return fused.never(base)
 
 
 def why_not_fused(layer: LoraLayer) -> str | None:
@@ -101,6 +174,9 @@ def why_not_fused(layer: LoraLayer) -> str | None:
     if layer.lora_bias[name]:
         return "lora_B has a bias"
     base = modules["base_layer"]
+    kind = fused_class(type(layer))
+    if kind is not None and (reason := kind.not_now(base)) is not None:
+        return reason
     weight, bias = base.weight, base.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "the base layer is trainable"
@@ -129,18 +205,17 @@ def _does_more(module: nn.Module) -> bool:
 
 
 def _why_not_this_call(
-    layer: FlexLoraLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: FusedLora, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     if args or any(value is not None for value in kwargs.values()):
         return "the call has further arguments"
-    weight = cast(Tensor, layer.base_layer.weight)
-    if x.dtype != weight.dtype:
-        return f"the input is {x.dtype}, the base weight {weight.dtype}"
+    if (reason := layer.why_not_dtype(x)) is not None:
+        return reason
     if torch.is_autocast_enabled(x.device.type):
-        wanted = torch.get_autocast_dtype(x.device.type)
+        wanted, dtype = torch.get_autocast_dtype(x.device.type), layer.computes_in(x)
         # autocast leaves fp64 alone
-        if wanted != weight.dtype and weight.dtype != torch.float64:
-            return f"autocast computes in {wanted}, the base weight is {weight.dtype}"
+        if wanted != dtype and dtype != torch.float64:
+            return f"autocast computes in {wanted}, the base weight is {dtype}"
     return None
 
 
@@ -150,7 +225,8 @@ def add_adapters(
     """Freeze `model` and put a LoRA adapter, "default", on every linear layer in `cfg.targets`.
 
     Args:
-        model: the base, any float dtype; its modules are replaced in place.
+        model: the base, in any float dtype or with bitsandbytes' 4- or 8-bit layers, which are
+            dequantised for each product; its modules are replaced in place.
         cfg: rank, alpha, dropout, targets (the last part of a module's name, or more of its parts).
         seed: decides A (uniform within 1/sqrt(K), PEFT's default) and nothing else; B is zero.
             torch's generator is left as it was.
@@ -159,7 +235,8 @@ def add_adapters(
     Returns: a PeftModel; only its adapters, fp32, require a gradient.
 
     Raises:
-        ModelError: a target names nothing, or something that is not a plain nn.Linear.
+        ModelError: a target names nothing, or something that is neither a plain nn.Linear nor
+            bitsandbytes'.
     """
     _check_targets(model, cfg.targets)
     config = LoraConfig(
@@ -169,13 +246,17 @@ def add_adapters(
         lora_dropout=cfg.dropout,
         target_modules=list(cfg.targets),
     )
-    config._register_custom_module({nn.Linear: FlexLoraLinear})
+    config._register_custom_module(_classes())
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         peft_model = get_peft_model(model, config)
     for module in peft_model.modules():
-        if isinstance(module, FlexLoraLinear):
+        if isinstance(module, FusedLora):
             module.flex_impl = impl
+    if "bitsandbytes" in sys.modules:
+        from flex.model.adapters_quantised import keep_layout
+
+        keep_layout(peft_model)  # of the layers without an adapter too
     adapters = adapter_parameters(peft_model)
     for parameter in adapters.values():
         parameter.data = parameter.data.float()  # PEFT widens 16-bit adapters only
@@ -219,9 +300,20 @@ def _factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter
     return cast(nn.Parameter, a.weight), cast(nn.Parameter, b.weight)
 
 
+def _classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """Base layer -> our layer, derived classes first: PEFT takes the first that fits."""
+    fused: list[type[FusedLora]] = [FlexLoraLinear]
+    if "bitsandbytes" in sys.modules:
+        from flex.model.adapters_quantised import FUSED
+
+        fused = [*FUSED.values(), *fused]
+    return {base: kind for kind in fused for base in kind.bases}
+
+
 def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
     modules = dict(model.named_modules())
-    linear = sorted({n.rpartition(".")[2] for n, m in modules.items() if type(m) is nn.Linear})
+    kinds = _classes()
+    linear = sorted({n.rpartition(".")[2] for n, m in modules.items() if type(m) in kinds})
     embedding = getattr(model.get_input_embeddings(), "weight", None)
     for target in targets:
         matches = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}
@@ -233,10 +325,10 @@ def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
                 f"did you mean {near[0]!r}?" if near else "choose another model",
             )
         for name, module in matches.items():
-            if type(module) is not nn.Linear:
+            if type(module) not in kinds:
                 raise ModelError(
                     f"lora.targets: {target!r} names {name}, a {type(module).__name__}",
-                    "adapters go on plain nn.Linear layers only",
+                    "adapters go on plain nn.Linear layers and bitsandbytes' only",
                     f"choose among {', '.join(linear)}",
                 )
             if module.weight is embedding:

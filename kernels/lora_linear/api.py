@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from ..ranges import named
 from ..runtime import DTYPES, TRITON_DTYPES, choose_impl, require, require_one_of
 from . import torch_path
+from .packed import is_packed
 
 SEEDS = 2**63  # seeds lie in [0, SEEDS)
 MAX_TRITON_RANK = 256  # a tile of B with more does not fit beside the others
@@ -31,7 +32,7 @@ ROUTES = ("auto", "skinny", "fused")
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Any,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -45,7 +46,8 @@ def lora_linear(
 
     Args:
         x: (..., K) input, bf16, fp16, fp32 or fp64.
-        weight: W (N, K), frozen, of x's dtype.
+        weight: W (N, K), frozen: a Tensor of x's dtype, or bitsandbytes' Params4bit, Int8Params or
+            MatmulLtState, which is made dense in x's dtype for each product (`packed.dense`).
         bias: (N,), frozen, or None.
         lora_a: A (r, K), any float dtype; cast to x's dtype for the products, its gradient is in
             its own dtype.
@@ -71,13 +73,20 @@ def lora_linear(
         ValueError: an argument is out of its set; the message names it, its value and the set.
         NotImplementedError: impl="triton" on a device that Triton does not run on.
     """
-    check(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
     require_one_of("route", route, ROUTES)
+    if type(weight) is not torch.nn.Parameter and is_packed(weight):
+        from . import quantised
+
+        rest = (scale, dropout_p, seed, impl, route)
+        eager = not torch.compiler.is_compiling()
+        call = quantised.lora_linear_packed if eager else quantised.lora_linear_packed_eager
+        return call(x, weight, bias, lora_a, lora_b, *rest)
+    check(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
     if torch.compiler.is_compiling():
         from .ops import lora_forward
 
-        rest = (scale, dropout_p, -1 if seed is None else seed, impl, route)
-        return lora_forward(x, weight, bias, lora_a, lora_b, *rest)[0]
+        options = (scale, dropout_p, -1 if seed is None else seed, impl, route)
+        return lora_forward(x, weight, bias, lora_a, lora_b, *options)[0]
     route = resolve(impl, route, x, weight, lora_a, lora_b, scale, dropout_p, seed)
     return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, route)
 

@@ -153,3 +153,19 @@ def test_merge_check(made, in_tmp, capsys):
     assert record["agreeing"] == record["positions"] > 0 and record["diverged"] == []
     assert "merged against unmerged, float32" in text and "0 of 3" in text
     assert main(command) == 2 and "without --adapter" in capsys.readouterr().err
+
+
+def test_merge_check_of_an_adapter_beside_four_bits(made, in_tmp, capsys):
+    """Merged into the full-precision base; the base's own rounding is what is measured."""
+    pytest.importorskip("bitsandbytes")
+    base = make_base(in_tmp / "base", hidden_size=64, intermediate_size=128)
+    adapter = save_adapter(trained(base), in_tmp / "adapter", str(base))
+    command = ["merge-check", "--model", str(base), "--benchmark", "made", "--limit", "3"]
+    command += ["--adapter", str(adapter), "--max-new-tokens", "6"]
+    assert main([*command, "--json", "full.json"]) == 0
+    assert main([*command, "--quantise", "4bit", "--json", "four.json"]) == 0
+    full, four = (json.loads((in_tmp / f"{n}.json").read_text()) for n in ("full", "four"))
+    assert full["largest"] < 1e-4 * full["scale"]
+    assert 0.01 * four["scale"] < four["largest"] < four["scale"]
+    told = "merged into the full base, unmerged beside the 4-bit one"
+    assert told in " ".join(capsys.readouterr().out.split())

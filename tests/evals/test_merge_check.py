@@ -82,6 +82,8 @@ def test_the_description_names_the_files(saved):
 def test_subjects_that_do_not_go_together(saved, tmp_path):
     with pytest.raises(ConfigError, match="--merged without --adapter"):
         Subject(model=saved[0], merged=True)
+    with pytest.raises(ConfigError, match="--merged with --quantise 4bit"):
+        Subject(model=saved[0], adapter=saved[1], merged=True, quantise="4bit")
     with pytest.raises(ConfigError, match="--quantise with shape:tiny"):
         Subject(model="shape:tiny", quantise="4bit")
     with pytest.raises(ModelError, match="adapter_model.safetensors"):

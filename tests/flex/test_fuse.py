@@ -438,15 +438,18 @@ def test_other_kinds_of_layers_stay_pefts():
 
 
 def test_a_quantised_base_is_said_to_be_one():
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    net = nn.Sequential(
-        bitsandbytes.nn.Linear8bitLt(16, 16, has_fp16_weights=False), nn.Linear(16, 4)
-    )
-    net.is_loaded_in_8bit = True
-    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0", "1"]))
-    report = fuse_adapters(model)
+    class GPTQLoraLinear(Linear):
+        """As PEFT has one over layers of other libraries."""
+
+    class QuantLinear(nn.Linear):
+        pass
+
+    net = nn.Sequential(QuantLinear(16, 16), nn.Linear(16, 4))
+    config = LoraConfig(r=2, target_modules=["0", "1"])
+    config._register_custom_module({QuantLinear: GPTQLoraLinear, nn.Linear: Linear})
+    report = fuse_adapters(get_peft_model(net, config))
     assert [row.path for row in report.rows] == ["peft", "fused"]
-    assert report.rows[0].reason == "it is PEFT's Linear8bitLt over a Linear8bitLt, quantised"
+    assert report.rows[0].reason == "it is PEFT's GPTQLoraLinear over a QuantLinear, quantised"
 
 
 def test_a_reason_that_passes_leaves_the_layer_fused():

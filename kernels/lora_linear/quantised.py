@@ -1,0 +1,106 @@
+"""`lora_linear` over a weight in bitsandbytes' 4 or 8 bits (QLoRA): the dense path, on a dense copy
+of W that lives for one product in forward and is made again in backward. Legend: api.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..ranges import named
+from ..runtime import require
+from .api import check, path, resolve, without_autocast
+from .packed import dense, packed_shape, packed_tensor
+
+log = logging.getLogger("flex.kernels")
+
+_told: set[str] = set()
+
+
+def lora_linear_packed(
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: int | None,
+    impl: str,
+    route: str,
+) -> Tensor:
+    """`lora_linear` of bitsandbytes' weight: the same numbers, to the bit, as of `dense(weight)`.
+
+    Keeps the packed weight for backward, never the dense one. Raises as `lora_linear`.
+    """
+    # A view of one element stands for W: it has its shape, dtype and device, and no memory.
+    stand_in = x.new_empty(()).expand(packed_shape(weight))
+    check(x, stand_in, bias, lora_a, lora_b, scale, dropout_p, seed)
+    stored = packed_tensor(weight)
+    require(stored.device == x.device, "weight.device", stored.device, f"x's, {x.device}")
+    return _PackedLoraLinear.apply(
+        x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, impl, route
+    )
+
+
+@torch.compiler.disable
+def lora_linear_packed_eager(*args: Any) -> Tensor:
+    """`lora_linear_packed` for code under torch.compile: a break in the graph.
+
+    In the graph, the dense weight would be kept for backward, and that of every layer at once.
+    """
+    if "compile" not in _told:
+        _told.add("compile")
+        log.info("lora_linear over a quantised weight stays out of torch.compile's graph")
+    return lora_linear_packed(*args)
+
+
+class _PackedLoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+        dropout_p: float,
+        seed: int,
+        impl: str,
+        route: str,
+    ) -> Tensor:
+        x_mk = x.reshape(-1, x.shape[-1])
+        with without_autocast(x.device.type), named("lora_linear/forward"):
+            w = dense(weight, x.dtype)
+            route = resolve(impl, route, x, w, lora_a, lora_b, scale, dropout_p, seed)
+            scale = scale / (1 - dropout_p)
+            forward, _ = path(route)
+            y_mn, s_mr = forward(x_mk, w, bias, lora_a, lora_b, scale, dropout_p, seed)
+        need_a, need_b = ctx.needs_input_grad[3:5]
+        ctx.save_for_backward(x if need_a else None, s_mr if need_b else None, lora_a, lora_b)
+        # The object itself: what autograd saves may come back without its quantisation state.
+        ctx.weight = weight
+        ctx.x_shape, ctx.scale, ctx.dropout_p, ctx.seed = x.shape, scale, dropout_p, seed
+        ctx.route = route
+        return y_mn.view(*x.shape[:-1], y_mn.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, s_mr, lora_a, lora_b = ctx.saved_tensors
+        need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
+        dy_mn = dy.reshape(-1, dy.shape[-1])
+        x_mk = None if x is None else x.reshape(-1, x.shape[-1])
+        with without_autocast(dy.device.type), named("lora_linear/backward"):
+            w = dense(ctx.weight, dy.dtype) if need_x else None
+            _, backward = path(ctx.route)
+            factors = (lora_a, lora_b, ctx.scale, ctx.dropout_p, ctx.seed)
+            needs = (need_x, need_a, need_b)
+            dx, da, db = backward(dy_mn, x_mk, s_mr, w, *factors, needs)
+            dx = None if dx is None else dx.view(ctx.x_shape)
+        return dx, None, None, da, db, None, None, None, None, None
