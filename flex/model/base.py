@@ -26,6 +26,7 @@ from flex.config import ModelConfig
 from flex.errors import ModelError
 from flex.model import attention
 from flex.model.presets import byte_tokenizer, shape_config
+from flex.model.shapes import is_big, shape_folder
 from flex.model.smollm2 import smollm2_folder
 
 log = logging.getLogger("flex.model")
@@ -98,6 +99,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the base: frozen, in eval mode, without a KV cache, in `cfg.dtype`, on `device`.
 
+    The weights of a `shape:` model are made in memory; those of a big one (1 G parameters or more) are written
+    once into the cache and read as a real checkpoint's are.
+
     Args:
         cfg: the model section. `attention=auto` is `flex_varlen` where the architecture allows it.
         device: where the weights go; `meta` allocates nothing (shape models).
@@ -111,15 +115,20 @@ def load_model(
     source = resolve(cfg)
     config = load_config(cfg)
     dtype = getattr(torch, cfg.dtype)
+    folder, in_memory = source, False
+    if source.startswith(_SHAPE):
+        preset = source.removeprefix(_SHAPE)
+        in_memory = str(device) == "meta" or not is_big(preset)
+        if not in_memory:
+            folder = str(shape_folder(preset, seed))
     with _explained(source):
-        if source.startswith(_SHAPE):
+        if in_memory:
             model = _random_model(
                 config, dtype, torch.device(device), seed, _attention(cfg, config)
             )
-            model.name_or_path = source
         else:
             model, info = _AnyAuto.from_pretrained(
-                source,
+                folder,
                 config=config,
                 revision=cfg.revision or "main",
                 dtype=dtype,
@@ -137,6 +146,8 @@ def load_model(
                     "transformers would apply it and say nothing: the base would not be the base",
                     "move adapter_config.json away, or merge first: python -m flex merge",
                 )
+    if source.startswith(_SHAPE):
+        model.name_or_path = source
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
