@@ -108,6 +108,12 @@ def check_ds_config(
             "the spectral penalty needs whole matrices on every process",
             f"set stage3_param_persistence_threshold to {max(1_000_000, largest_adapter)} or more",
         )
+    if cfg.model.quantise != "none" and stage == 3:
+        raise ConfigError(
+            f"model.quantise={cfg.model.quantise} with ZeRO stage 3",
+            "bitsandbytes' blocks cannot be cut into partitions",
+            "use ds_configs/zero2.json (the quantised base is small), or model.quantise=none",
+        )
     if cfg.optim.name == "adamw8bit" and stage > 0:
         raise ConfigError(
             "optim.name=adamw8bit with ZeRO stage 1-3",

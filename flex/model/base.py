@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -25,9 +26,11 @@ from transformers import (
 from flex.config import ModelConfig
 from flex.errors import ModelError
 from flex.model import attention
+from flex.model.places import Partitioned, Place, Quantised
 from flex.model.presets import byte_tokenizer, shape_config
 from flex.model.shapes import is_big, shape_folder
 from flex.model.smollm2 import smollm2_folder
+from flex.model.stream import stream_model
 
 log = logging.getLogger("flex.model")
 
@@ -95,7 +98,11 @@ def load_config(cfg: ModelConfig) -> PreTrainedConfig:
 
 
 def load_model(
-    cfg: ModelConfig, device: torch.device | str = "cpu", *, seed: int = 0
+    cfg: ModelConfig,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int = 0,
+    ds_config: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load the base: frozen, in eval mode, without a KV cache, in `cfg.dtype`, on `device`.
 
@@ -107,18 +114,21 @@ def load_model(
         device: where the weights go; `meta` allocates nothing (shape models).
         seed: of the weights of a `shape:` model. Not the run's seed: two runs should share one
             base.
+        ds_config: DeepSpeed's configuration with ZeRO stage 3, its processes started: each keeps its part of
+            every weight, and no process ever holds the whole model. None: every process holds all of it.
 
     Raises:
-        ModelError: the weights are missing, not safetensors, need code from the Hub, or do not fit
-            the config.
+        ModelError: the weights are missing, not safetensors, need code from the Hub, do not fit the config, or
+            cannot be quantised or partitioned.
     """
     source = resolve(cfg)
     config = load_config(cfg)
     dtype = getattr(torch, cfg.dtype)
+    streamed = cfg.quantise != "none" or ds_config is not None
     folder, in_memory = source, False
     if source.startswith(_SHAPE):
         preset = source.removeprefix(_SHAPE)
-        in_memory = str(device) == "meta" or not is_big(preset)
+        in_memory = str(device) == "meta" or not (streamed or is_big(preset))
         if not in_memory:
             folder = str(shape_folder(preset, seed))
     with _explained(source):
@@ -126,26 +136,10 @@ def load_model(
             model = _random_model(
                 config, dtype, torch.device(device), seed, _attention(cfg, config)
             )
+        elif streamed:
+            model = _streamed(cfg, folder, config, dtype, torch.device(device), ds_config)
         else:
-            model, info = _AnyAuto.from_pretrained(
-                folder,
-                config=config,
-                revision=cfg.revision or "main",
-                dtype=dtype,
-                device_map=str(device),
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation=_attention(cfg, config),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `_complete` names them; transformers' error does not
-            )
-            _complete(source, info)
-            if getattr(model, "_hf_peft_config_loaded", False):
-                raise ModelError(
-                    f"{source} holds an adapter beside the model",
-                    "transformers would apply it and say nothing: the base would not be the base",
-                    "move adapter_config.json away, or merge first: python -m flex merge",
-                )
+            model = _pretrained(cfg, folder, config, dtype, device)
     if source.startswith(_SHAPE):
         model.name_or_path = source
     model.requires_grad_(False)
@@ -220,6 +214,72 @@ def _attention(cfg: ModelConfig, config: PreTrainedConfig) -> str | None:
         config.model_type,
     )
     return None
+
+
+def _pretrained(
+    cfg: ModelConfig,
+    folder: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> PreTrainedModel:
+    """transformers' own loading: a file in the dtype asked for is mapped, so it takes its size once."""
+    model, info = _AnyAuto.from_pretrained(
+        folder,
+        config=config,
+        revision=cfg.revision or "main",
+        dtype=dtype,
+        device_map=str(device),
+        use_safetensors=True,
+        trust_remote_code=False,
+        attn_implementation=_attention(cfg, config),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `_complete` names them; transformers' error does not
+    )
+    _complete(folder, info)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{folder} holds an adapter beside the model",
+            "transformers would apply it and say nothing: the base would not be the base",
+            "move adapter_config.json away, or merge first: python -m flex merge",
+        )
+    return model
+
+
+def _streamed(
+    cfg: ModelConfig,
+    folder: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    ds_config: Mapping[str, Any] | None,
+) -> PreTrainedModel:
+    """Our own loading, tensor by tensor, into quantised layers or ZeRO-3's partitions."""
+    place: Place
+    if ds_config is None:
+        assert cfg.quantise != "none"
+        place = Quantised(device, cfg.quantise, cfg.double_quant, dtype)
+    elif cfg.quantise == "none":
+        place = Partitioned(device, ds_config)
+    else:
+        raise ModelError(
+            f"model.quantise={cfg.quantise} with ZeRO stage 3",
+            "bitsandbytes' blocks cannot be cut into partitions",
+            "use ZeRO stage 0-2, or model.quantise=none",
+        )
+    path = Path(folder)
+    if not path.is_dir():
+        path = Path(
+            snapshot_download(
+                folder,
+                revision=cfg.revision or "main",
+                allow_patterns=["*.json", "model*.safetensors"],
+            )
+        )
+    model, info = stream_model(path, config, dtype, place, _attention(cfg, config))
+    _complete(folder, info)
+    model.name_or_path = folder
+    return model
 
 
 def _random_model(

@@ -18,12 +18,13 @@ from flex.errors import ModelError
 from flex.model.folder import whole_folder
 from flex.model.presets import byte_tokenizer, shape_config
 from flex.model.smollm2 import cache_folder
+from flex.model.tensors import INDEX
 
 log = logging.getLogger("flex.model")
 
 BIG = 1_000_000_000  # parameters from which a shape is read from files instead of made in memory
 SHARD_BYTES = 1_000_000_000
-INDEX = "model.safetensors.index.json"
+
 # Random numbers that all matrices are cut from. A prime: no row length divides it, so rows that are
 # taken from the same numbers are not aligned.
 _BLOCK = 4_194_301

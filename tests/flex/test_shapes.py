@@ -12,7 +12,8 @@ from flex.config import ModelConfig
 from flex.errors import ModelError
 from flex.model import base, shapes
 from flex.model.presets import byte_tokenizer
-from flex.model.shapes import INDEX, is_big, skeleton, write_shape
+from flex.model.shapes import is_big, skeleton, write_shape
+from flex.model.tensors import INDEX
 
 
 @pytest.fixture
