@@ -31,6 +31,7 @@ from flex.model.presets import byte_tokenizer, shape_config
 from flex.model.shapes import is_big, shape_folder
 from flex.model.smollm2 import smollm2_folder
 from flex.model.stream import stream_model
+from flex.model.tensors import HeldTensor, Source, checkpoint_tensors
 
 log = logging.getLogger("flex.model")
 
@@ -128,16 +129,20 @@ def load_model(
     folder, in_memory = source, False
     if source.startswith(_SHAPE):
         preset = source.removeprefix(_SHAPE)
-        in_memory = str(device) == "meta" or not (streamed or is_big(preset))
+        in_memory = str(device) == "meta" or not is_big(preset)
         if not in_memory:
             folder = str(shape_folder(preset, seed))
     with _explained(source):
-        if in_memory:
+        if streamed and str(device) != "meta":
+            random = None
+            if in_memory:
+                whole = _random_model(config, dtype, torch.device("cpu"), seed, None)
+                random = {name: HeldTensor(t) for name, t in whole.state_dict().items()}
+            model = _streamed(cfg, folder, random, config, dtype, torch.device(device), ds_config)
+        elif in_memory:
             model = _random_model(
                 config, dtype, torch.device(device), seed, _attention(cfg, config)
             )
-        elif streamed:
-            model = _streamed(cfg, folder, config, dtype, torch.device(device), ds_config)
         else:
             model = _pretrained(cfg, folder, config, dtype, device)
     if source.startswith(_SHAPE):
@@ -150,6 +155,13 @@ def load_model(
         # dropout is replayed.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def base_bytes(cfg: ModelConfig) -> int:
+    """Bytes that the whole base takes in `cfg.dtype`, not quantised. Raises ModelError as `load_config`."""
+    with torch.device("meta"):
+        model = _AnyAuto.from_config(load_config(cfg), dtype=getattr(torch, cfg.dtype))
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
@@ -249,6 +261,7 @@ def _pretrained(
 def _streamed(
     cfg: ModelConfig,
     folder: str,
+    tensors: Mapping[str, Source] | None,
     config: PreTrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
@@ -267,16 +280,16 @@ def _streamed(
             "bitsandbytes' blocks cannot be cut into partitions",
             "use ZeRO stage 0-2, or model.quantise=none",
         )
-    path = Path(folder)
-    if not path.is_dir():
-        path = Path(
-            snapshot_download(
-                folder,
-                revision=cfg.revision or "main",
-                allow_patterns=["*.json", "model*.safetensors"],
+    if tensors is None:
+        path = Path(folder)
+        if not path.is_dir():
+            wanted = ["*.json", "model*.safetensors"]
+            found = snapshot_download(
+                folder, revision=cfg.revision or "main", allow_patterns=wanted
             )
-        )
-    model, info = stream_model(path, config, dtype, place, _attention(cfg, config))
+            path = Path(found)
+        tensors = checkpoint_tensors(path)
+    model, info = stream_model(folder, tensors, config, dtype, place, _attention(cfg, config))
     _complete(folder, info)
     model.name_or_path = folder
     return model

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flex.errors import ModelError
-from flex.model.tensors import FileTensor
+from flex.model.tensors import Source
+
+_PIECE = 4_194_304  # elements quantised at once; whole blocks of 64
 
 
 class Place:
@@ -22,11 +24,11 @@ class Place:
     def prepare(self, model: PreTrainedModel) -> None:
         """Replace modules of a model that has no memory yet (device meta)."""
 
-    def put(self, module: nn.Module, name: str, source: FileTensor, dtype: torch.dtype) -> None:
+    def put(self, module: nn.Module, name: str, source: Source, dtype: torch.dtype) -> None:
         """Give `module` its parameter or buffer `name`."""
         self._set(module, name, self._read(source, dtype))
 
-    def _read(self, source: FileTensor, dtype: torch.dtype) -> Tensor:
+    def _read(self, source: Source, dtype: torch.dtype) -> Tensor:
         value = torch.empty(source.shape, dtype=dtype, device=self.device)
         source.read_into(value.view(-1))
         return value
@@ -66,6 +68,7 @@ class Quantised(Place):
                 "pip install bitsandbytes, or set model.quantise=none",
             ) from error
         self.nn: Any = bitsandbytes.nn
+        self.functional: Any = bitsandbytes.functional
 
     def prepare(self, model: PreTrainedModel) -> None:
         head = model.get_output_embeddings()
@@ -100,22 +103,53 @@ class Quantised(Place):
             )
         return layer
 
-    def put(self, module: nn.Module, name: str, source: FileTensor, dtype: torch.dtype) -> None:
+    def put(self, module: nn.Module, name: str, source: Source, dtype: torch.dtype) -> None:
         if name != "weight" or not isinstance(module, (self.nn.Linear4bit, self.nn.Linear8bitLt)):
             super().put(module, name, source, dtype)
             return
-        value = Place("cpu")._read(source, dtype)  # a parameter quantises on its way from the CPU
         if self.kind == "int8":
+            value = Place("cpu")._read(source, dtype)  # quantises on its way from the CPU
             weight = self.nn.Int8Params(value, requires_grad=False, has_fp16_weights=False)
-        else:
-            weight = self.nn.Params4bit(
-                value,
-                requires_grad=False,
-                compress_statistics=self.double_quant,
-                quant_type="nf4",
-                module=module,
-            )
-        module.weight = weight.to(self.device)
+            module.weight = weight.to(self.device)
+            return
+        blocks, state = self._blocks(source, dtype)
+        module.quant_state = state
+        module.weight = self.nn.Params4bit(
+            blocks,
+            requires_grad=False,
+            quant_state=state,
+            compress_statistics=self.double_quant,
+            quant_type="nf4",
+            module=module,
+            bnb_quantized=True,
+        )
+
+    def _blocks(self, source: Source, dtype: torch.dtype) -> tuple[Tensor, Any]:
+        """What bitsandbytes makes of the whole weight, piece by piece: on a CPU its quantiser takes 20 bytes an
+        element beside the weight. Only the scales of all blocks are quantised together."""
+        parts, scales, state = [], [], None
+        for start in range(0, source.numel, _PIECE):
+            piece = torch.empty(min(_PIECE, source.numel - start), dtype=dtype, device=self.device)
+            source.read_into(piece, start)
+            blocks, state = self.functional.quantize_4bit(piece, blocksize=64, quant_type="nf4")
+            parts.append(blocks)
+            scales.append(state.absmax)
+        assert state is not None
+        absmax, offset, nested = torch.cat(scales), None, None
+        if self.double_quant:
+            offset = absmax.mean()
+            absmax, nested = self.functional.quantize_blockwise(absmax - offset, blocksize=256)
+        whole = self.functional.QuantState(
+            absmax=absmax,
+            shape=torch.Size(source.shape),
+            dtype=dtype,
+            blocksize=64,
+            code=state.code,
+            quant_type="nf4",
+            offset=offset,
+            state2=nested,
+        )
+        return torch.cat(parts), whole
 
 
 class Partitioned(Place):
@@ -137,7 +171,7 @@ class Partitioned(Place):
         # hpZ keeps a second copy, cut by node: it is made of the whole weight.
         self.whole = self.init.zero_param_process_group is not None
 
-    def put(self, module: nn.Module, name: str, source: FileTensor, dtype: torch.dtype) -> None:
+    def put(self, module: nn.Module, name: str, source: Source, dtype: torch.dtype) -> None:
         if name in module._buffers:
             super().put(module, name, source, dtype)
             return

@@ -8,7 +8,7 @@ there is still room.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from flex.errors import ModelError
 from flex.model.places import Place
-from flex.model.tensors import FileTensor, checkpoint_tensors
+from flex.model.tensors import Source, same_values
 
 log = logging.getLogger("flex.model")
 
@@ -27,16 +27,18 @@ _AnyAuto: Any = AutoModelForCausalLM
 
 
 def stream_model(
-    folder: Path,
+    source: str,
+    tensors: Mapping[str, Source],
     config: PreTrainedConfig,
     dtype: torch.dtype,
     place: Place,
     attention: str | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model of `folder`, its weights where `place` puts them, none requiring a gradient.
+    """The model of `tensors`, its weights where `place` puts them, none requiring a gradient.
 
     Args:
-        folder: config.json beside `model.safetensors`, or beside shards and their index.
+        source: what errors call it.
+        tensors: the weights by name, as `checkpoint_tensors` finds them.
         config: the architecture.
         dtype: of the weights that are not quantised, and of the arithmetic of those that are.
         place: what becomes of each weight.
@@ -52,21 +54,21 @@ def stream_model(
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
-            f"{folder} is quantised already",
+            f"{source} is quantised already",
             "its weights are blocks, which can be neither quantised again nor cut into partitions",
             "point model.name to the model in bf16, fp16 or fp32, or set model.quantise=none",
         )
     with torch.device("meta"):
         model = _AnyAuto.from_config(config, dtype=dtype, attn_implementation=attention)
-    _refuse_special_dtypes(model, dtype, folder)
+    _refuse_special_dtypes(model, dtype, source)
     wanted = _weights(model)
-    found = _rename(model, checkpoint_tensors(folder), wanted, folder)
+    found = _rename(model, tensors, wanted, source)
     tied: dict[str, str] = dict(model.all_tied_weights_keys)
     for copy, original in list(tied.items()):
-        if copy in found and original in found and not found[copy].same_values(found[original]):
+        if copy in found and original in found and not same_values(found[copy], found[original]):
             log.warning(
                 "%s: %s and %s are to be tied and differ in the checkpoint: both are kept",
-                *(folder, original, copy),
+                *(source, original, copy),
             )
             del tied[copy]
             continue
@@ -104,10 +106,10 @@ def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def _rename(
     model: PreTrainedModel,
-    found: dict[str, FileTensor],
+    found: Mapping[str, Source],
     wanted: dict[str, torch.Tensor],
-    folder: Path,
-) -> dict[str, FileTensor]:
+    source: str,
+) -> dict[str, Source]:
     """`found` under the model's own names, as transformers renames them."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -120,7 +122,7 @@ def _rename(
             name, pattern = rename_source_key(key, [], [], prefix, wanted)
         if pattern is not None and name in wanted:
             raise ModelError(
-                f"{folder}: {key} must be converted to become {name}",
+                f"{source}: {key} must be converted to become {name}",
                 f"{model.config.model_type} stores some weights in other pieces than it computes with, and only "
                 "from_pretrained puts them together",
                 "use model.quantise=none and ZeRO stage 0-2 for it",
@@ -129,11 +131,11 @@ def _rename(
     return renamed
 
 
-def _refuse_special_dtypes(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
+def _refuse_special_dtypes(model: PreTrainedModel, dtype: torch.dtype, source: str) -> None:
     special = model._get_dtype_plan(dtype)
     if special:
         raise ModelError(
-            f"{folder}: {model.config.model_type} keeps {', '.join(sorted(special))} in fp32",
+            f"{source}: {model.config.model_type} keeps {', '.join(sorted(special))} in fp32",
             f"loading tensor by tensor casts all weights to {dtype}".replace("torch.", ""),
             "use model.dtype=float32, or model.quantise=none and ZeRO stage 0-2",
         )

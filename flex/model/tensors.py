@@ -1,4 +1,4 @@
-"""The tensors of a safetensors checkpoint, read in part and without mapping the files into memory."""
+"""Where weights come from: files read in part and without mapping them into memory, or tensors made here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -26,6 +27,37 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _PIECE = 8_000_000  # elements read at once: the buffer between the file and the place is small
+
+
+class Source(Protocol):
+    """One weight to be read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def numel(self) -> int: ...
+
+    def read_into(self, flat: Tensor, start: int = 0) -> None:
+        """Fill `flat` (N,) of any dtype and device with the elements `start` to `start + N`."""
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """A tensor in memory."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def numel(self) -> int:
+        return self.tensor.numel()
+
+    def read_into(self, flat: Tensor, start: int = 0) -> None:
+        flat.copy_(self.tensor.reshape(-1)[start : start + len(flat)])
 
 
 @dataclass(frozen=True)
@@ -66,19 +98,18 @@ class FileTensor:
                 piece.copy_(buffer)
                 start += len(piece)
 
-    def same_values(self, other: FileTensor) -> bool:
-        """Whether both hold the same numbers (a NaN equals nothing). Raises ModelError as `read_into`."""
-        if self.shape != other.shape:
+
+def same_values(one: Source, other: Source) -> bool:
+    """Whether both hold the same numbers (a NaN equals nothing); compared in fp64, piece by piece."""
+    if one.shape != other.shape:
+        return False
+    for start in range(0, one.numel, _PIECE):
+        a, b = torch.empty(2, min(_PIECE, one.numel - start), dtype=torch.float64)
+        one.read_into(a, start)
+        other.read_into(b, start)
+        if not torch.equal(a, b):
             return False
-        for start in range(0, self.numel, _PIECE):
-            count = min(_PIECE, self.numel - start)
-            mine = torch.empty(count, dtype=self.dtype)
-            theirs = torch.empty(count, dtype=other.dtype)
-            self.read_into(mine, start)
-            other.read_into(theirs, start)
-            if not bool((mine == theirs).all()):
-                return False
-        return True
+    return True
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, FileTensor]:
