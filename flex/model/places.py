@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from flex.errors import ModelError
 from flex.model.tensors import Source
 
-_PIECE = 4_194_304  # elements quantised at once; whole blocks of 64
+_BLOCK = 64  # elements that share a scale
+_PIECE = 1_048_576  # elements quantised at once: whole blocks
 
 
 class Place:
@@ -127,15 +128,19 @@ class Quantised(Place):
     def _blocks(self, source: Source, dtype: torch.dtype) -> tuple[Tensor, Any]:
         """What bitsandbytes makes of the whole weight, piece by piece: on a CPU its quantiser takes 20 bytes an
         element beside the weight. Only the scales of all blocks are quantised together."""
-        parts, scales, state = [], [], None
-        for start in range(0, source.numel, _PIECE):
-            piece = torch.empty(min(_PIECE, source.numel - start), dtype=dtype, device=self.device)
+        count, blocks = source.numel, -(-source.numel // _BLOCK)
+        # Made before the pieces: what stays does not lie between what goes, which would hold the heap open.
+        packed = torch.empty(-(-count // 2), 1, dtype=torch.uint8, device=self.device)
+        absmax = torch.empty(blocks, device=self.device)
+        offset = nested = code = None
+        for start in range(0, count, _PIECE):
+            piece = torch.empty(min(_PIECE, count - start), dtype=dtype, device=self.device)
             source.read_into(piece, start)
-            blocks, state = self.functional.quantize_4bit(piece, blocksize=64, quant_type="nf4")
-            parts.append(blocks)
-            scales.append(state.absmax)
-        assert state is not None
-        absmax, offset, nested = torch.cat(scales), None, None
+            part, state = self.functional.quantize_4bit(piece, blocksize=_BLOCK, quant_type="nf4")
+            packed[start // 2 : start // 2 + len(part)] = part
+            first = start // _BLOCK
+            absmax[first : first + len(state.absmax)] = state.absmax
+            code = state.code
         if self.double_quant:
             offset = absmax.mean()
             absmax, nested = self.functional.quantize_blockwise(absmax - offset, blocksize=256)
@@ -143,13 +148,13 @@ class Quantised(Place):
             absmax=absmax,
             shape=torch.Size(source.shape),
             dtype=dtype,
-            blocksize=64,
-            code=state.code,
+            blocksize=_BLOCK,
+            code=code,
             quant_type="nf4",
             offset=offset,
             state2=nested,
         )
-        return torch.cat(parts), whole
+        return packed, whole
 
 
 class Partitioned(Place):
