@@ -37,6 +37,12 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float16", "float32", "float64"] = Field(
         "bfloat16", description="dtype of the frozen base; float64: as a reference only"
     )
+    quantise: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="linear layers of the frozen base but the head, by bitsandbytes: nf4 is 4-bit NormalFloat, "
+        "int8 LLM.int8()",
+    )
+    double_quant: bool = Field(True, description="nf4: quantise the scales of its blocks too")
     attention: Literal["auto", "sdpa", "eager"] = Field(
         "auto",
         description="auto: variable-length, over packed documents; sdpa, eager: Hugging Face's own",
@@ -44,6 +50,15 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in backward to save memory"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.quantise != "none" and self.dtype == "float64":
+            raise ValueError(
+                f"quantise={self.quantise} with dtype=float64: bitsandbytes computes in 16 or 32 bits; "
+                "set model.dtype=bfloat16 or model.quantise=none"
+            )
+        return self
 
 
 class DataConfig(Section):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -192,7 +193,10 @@ class Engine:
             restore_counters(self.optimizer, p, saved.counters)
 
     def close(self) -> None:
-        """Let go of the model. Every process must call it."""
+        """Let go of model, optimizer and adapters: their memory is free afterwards. Every process must call it."""
+        del self.model, self.optimizer
+        self.parameters = {}
+        gc.collect()  # modules and their hooks refer to each other
 
 
 def missing_state(name: str) -> CheckpointError:

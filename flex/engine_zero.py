@@ -47,6 +47,15 @@ def read_ds_config(path: str) -> dict[str, Any]:
     return config
 
 
+def partitioned_config(cfg: RunConfig) -> dict[str, Any] | None:
+    """The ds_config of a run under ZeRO-3, whose base is loaded in partitions; None for other runs."""
+    config = None if cfg.deepspeed is None else read_ds_config(cfg.deepspeed)
+    if config is None or config.get("zero_optimization", {}).get("stage", 0) != 3:
+        return None
+    config["train_micro_batch_size_per_gpu"] = 1  # only DeepSpeed's sample counters use it
+    return config
+
+
 # What the run's own configuration decides; a ds_config that says it too could contradict it silently.
 OWNED_BY_THE_RUN = {
     "optimizer": "optim.name",
@@ -107,6 +116,12 @@ def check_ds_config(
             f"{where}: stage3_param_persistence_threshold is {threshold}, the largest adapter has {largest_adapter}",
             "the spectral penalty needs whole matrices on every process",
             f"set stage3_param_persistence_threshold to {max(1_000_000, largest_adapter)} or more",
+        )
+    if cfg.model.quantise != "none" and stage == 3:
+        raise ConfigError(
+            f"model.quantise={cfg.model.quantise} with ZeRO stage 3",
+            "bitsandbytes' blocks cannot be cut into partitions",
+            "use ds_configs/zero2.json (the quantised base is small), or model.quantise=none",
         )
     if cfg.optim.name == "adamw8bit" and stage > 0:
         raise ConfigError(
@@ -277,6 +292,10 @@ class ZeroEngine(Engine):
 
     def close(self) -> None:
         self.engine.destroy()
+        del self.engine, self._wrapped
+        if self.stage > 0:
+            del self._flats
+        super().close()
 
 
 def allocate_state(optimizer: torch.optim.Optimizer, p: Tensor) -> None:

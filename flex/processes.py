@@ -96,6 +96,12 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def all_reduce(tensor: Tensor, largest: bool = False) -> Tensor:
     """Sum (or maximum) over processes, a new tensor on the same device."""
     if not dist.is_initialized():

@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from . import processes
 from .checkpoint import Loaded, load_checkpoint, restore_rng
 from .engine import Engine, OptimizerState, build_engine
+from .engine_zero import partitioned_config
 from .errors import CheckpointError
 from .loop import Trainer
 from .loss_plot import plot_losses
 from .meters import Meter
 from .model.adapters import adapter_parameters, add_adapters
-from .model.base import load_model, resolve
+from .model.base import base_bytes, load_model, resolve
 from .model.export import PROMPT, probe_logits, save_adapter, self_test
 from .optim import build_optimizer
 from .penalty import SpectralPenalty
@@ -30,7 +32,7 @@ from .trackers import open_trackers
 from .train import STOPPED
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import RunConfig
     from .data.loader import StepLoader
@@ -101,7 +103,8 @@ class Session:
     def _build(self, loaded: Loaded | None) -> tuple[Engine, SpectralPenalty | None]:
         cfg = self.cfg
         impl = cfg.kernels.impl
-        base = load_model(cfg.model, processes.local_device())
+        partitioned = partitioned_config(cfg)
+        base = load_model(cfg.model, processes.local_device(), ds_config=partitioned)
         model = add_adapters(base, cfg.lora, cfg.seed, impl)
         parameters = adapter_parameters(model)
         penalty = None
@@ -177,11 +180,30 @@ class Session:
             self.adapter = save_adapter(
                 engine.peft_model, self.folder.path / "adapter", base, tensors
             )
+        bare = None
+        if self.cfg.model.quantise != "none" and self.rank == 0:
+            # Quantising again would take minutes and prove nothing: the adapter is what is tested.
+            bare = cast("PreTrainedModel", engine.peft_model.unload())
+            bare.set_attn_implementation("sdpa")
         engine.close()
+        processes.barrier()  # rank 0 loads the whole base: by now nobody holds a part of the trained one
         if self.rank == 0:
-            plain = self.cfg.model.model_copy(update={"attention": "sdpa"})
-            report = self_test(self.adapter, probe, ours, lambda: load_model(plain))
-            log.info("self-test: %s", report)
+            self._self_test(probe, ours, bare)
+
+    def _self_test(self, probe: Tensor, ours: Tensor, base: PreTrainedModel | None) -> None:
+        """Compare stock PEFT on a fresh base, or on the quantised one as it was before the adapters."""
+        plain = self.cfg.model.model_copy(update={"attention": "sdpa"})
+        if base is None:
+            needed, free = base_bytes(plain), psutil.virtual_memory().available
+            if needed > free:
+                log.warning(
+                    "self-test skipped: the whole base takes %.1f GB of memory, %.1f GB are free",
+                    needed / 1e9,
+                    free / 1e9,
+                )
+                return
+        report = self_test(self.adapter, probe, ours, base or (lambda: load_model(plain)))
+        log.info("self-test: %s", report)
 
     def _finish(
         self, trainer: Trainer, before: str | None, after: str | None, seconds: float

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -25,8 +26,12 @@ from transformers import (
 from flex.config import ModelConfig
 from flex.errors import ModelError
 from flex.model import attention
+from flex.model.places import Partitioned, Place, Quantised
 from flex.model.presets import byte_tokenizer, shape_config
+from flex.model.shapes import is_big, shape_folder
 from flex.model.smollm2 import smollm2_folder
+from flex.model.stream import stream_model
+from flex.model.tensors import HeldTensor, Source, checkpoint_tensors
 
 log = logging.getLogger("flex.model")
 
@@ -94,49 +99,54 @@ def load_config(cfg: ModelConfig) -> PreTrainedConfig:
 
 
 def load_model(
-    cfg: ModelConfig, device: torch.device | str = "cpu", *, seed: int = 0
+    cfg: ModelConfig,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int = 0,
+    ds_config: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load the base: frozen, in eval mode, without a KV cache, in `cfg.dtype`, on `device`.
+
+    The weights of a `shape:` model are made in memory; those of a big one (1 G parameters or more) are written
+    once into the cache and read as a real checkpoint's are.
 
     Args:
         cfg: the model section. `attention=auto` is `flex_varlen` where the architecture allows it.
         device: where the weights go; `meta` allocates nothing (shape models).
         seed: of the weights of a `shape:` model. Not the run's seed: two runs should share one
             base.
+        ds_config: DeepSpeed's configuration with ZeRO stage 3, its processes started: each keeps its part of
+            every weight, and no process ever holds the whole model. None: every process holds all of it.
 
     Raises:
-        ModelError: the weights are missing, not safetensors, need code from the Hub, or do not fit
-            the config.
+        ModelError: the weights are missing, not safetensors, need code from the Hub, do not fit the config, or
+            cannot be quantised or partitioned.
     """
     source = resolve(cfg)
     config = load_config(cfg)
     dtype = getattr(torch, cfg.dtype)
+    streamed = cfg.quantise != "none" or ds_config is not None
+    folder, in_memory = source, False
+    if source.startswith(_SHAPE):
+        preset = source.removeprefix(_SHAPE)
+        in_memory = str(device) == "meta" or not is_big(preset)
+        if not in_memory:
+            folder = str(shape_folder(preset, seed))
     with _explained(source):
-        if source.startswith(_SHAPE):
+        if streamed and str(device) != "meta":
+            random = None
+            if in_memory:
+                whole = _random_model(config, dtype, torch.device("cpu"), seed, None)
+                random = {name: HeldTensor(t) for name, t in whole.state_dict().items()}
+            model = _streamed(cfg, folder, random, config, dtype, torch.device(device), ds_config)
+        elif in_memory:
             model = _random_model(
                 config, dtype, torch.device(device), seed, _attention(cfg, config)
             )
-            model.name_or_path = source
         else:
-            model, info = _AnyAuto.from_pretrained(
-                source,
-                config=config,
-                revision=cfg.revision or "main",
-                dtype=dtype,
-                device_map=str(device),
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation=_attention(cfg, config),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `_complete` names them; transformers' error does not
-            )
-            _complete(source, info)
-            if getattr(model, "_hf_peft_config_loaded", False):
-                raise ModelError(
-                    f"{source} holds an adapter beside the model",
-                    "transformers would apply it and say nothing: the base would not be the base",
-                    "move adapter_config.json away, or merge first: python -m flex merge",
-                )
+            model = _pretrained(cfg, folder, config, dtype, device)
+    if source.startswith(_SHAPE):
+        model.name_or_path = source
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
@@ -145,6 +155,13 @@ def load_model(
         # dropout is replayed.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def base_bytes(cfg: ModelConfig) -> int:
+    """Bytes that the whole base takes in `cfg.dtype`, not quantised. Raises ModelError as `load_config`."""
+    with torch.device("meta"):
+        model = _AnyAuto.from_config(load_config(cfg), dtype=getattr(torch, cfg.dtype))
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
@@ -209,6 +226,73 @@ def _attention(cfg: ModelConfig, config: PreTrainedConfig) -> str | None:
         config.model_type,
     )
     return None
+
+
+def _pretrained(
+    cfg: ModelConfig,
+    folder: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> PreTrainedModel:
+    """transformers' own loading: a file in the dtype asked for is mapped, so it takes its size once."""
+    model, info = _AnyAuto.from_pretrained(
+        folder,
+        config=config,
+        revision=cfg.revision or "main",
+        dtype=dtype,
+        device_map=str(device),
+        use_safetensors=True,
+        trust_remote_code=False,
+        attn_implementation=_attention(cfg, config),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `_complete` names them; transformers' error does not
+    )
+    _complete(folder, info)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{folder} holds an adapter beside the model",
+            "transformers would apply it and say nothing: the base would not be the base",
+            "move adapter_config.json away, or merge first: python -m flex merge",
+        )
+    return model
+
+
+def _streamed(
+    cfg: ModelConfig,
+    folder: str,
+    tensors: Mapping[str, Source] | None,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    ds_config: Mapping[str, Any] | None,
+) -> PreTrainedModel:
+    """Our own loading, tensor by tensor, into quantised layers or ZeRO-3's partitions."""
+    place: Place
+    if ds_config is None:
+        assert cfg.quantise != "none"
+        place = Quantised(device, cfg.quantise, cfg.double_quant, dtype)
+    elif cfg.quantise == "none":
+        place = Partitioned(device, ds_config)
+    else:
+        raise ModelError(
+            f"model.quantise={cfg.quantise} with ZeRO stage 3",
+            "bitsandbytes' blocks cannot be cut into partitions",
+            "use ZeRO stage 0-2, or model.quantise=none",
+        )
+    if tensors is None:
+        path = Path(folder)
+        if not path.is_dir():
+            wanted = ["*.json", "model*.safetensors"]
+            found = snapshot_download(
+                folder, revision=cfg.revision or "main", allow_patterns=wanted
+            )
+            path = Path(found)
+        tensors = checkpoint_tensors(path)
+    model, info = stream_model(folder, tensors, config, dtype, place, _attention(cfg, config))
+    _complete(folder, info)
+    model.name_or_path = folder
+    return model
 
 
 def _random_model(

@@ -406,6 +406,7 @@ def closed_form(c):
     ("preset", "published"),
     [
         ("codellama-7b", 6_738_546_688),
+        ("llama-1b", 1_235_814_400),
         ("llama-7b", 6_738_415_616),
         ("codellama-34b", 33_743_970_304),
         ("llama3-8b", 8_030_261_248),
