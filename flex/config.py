@@ -44,6 +44,11 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in backward to save memory"
     )
+    quantise: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="nf4, int8: frozen linear layers in 4 or 8 bits (bitsandbytes); the rest in `dtype`",
+    )
+    double_quant: bool = Field(True, description="nf4: quantise the block scales too")
 
 
 class DataConfig(Section):
