@@ -270,6 +270,11 @@ class TrainSection(Section):
     )
     keep: Positive = Field(2, description="checkpoints kept")
     log_every: Positive = Field(1, description="steps between log lines")
+    warm_up_longest: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="run the largest micro-batch before the first step, to no effect but that a "
+        "lack of memory shows at once; auto: on GPUs",
+    )
     sample_prompt: bool = Field(True, description="print a sample completion before and after")
 
 

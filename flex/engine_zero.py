@@ -144,6 +144,9 @@ class ZeroEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
+    def discard_gradients(self) -> None:
+        """Leave them: they may lie reduced in ZeRO's own buffers, and zeros add nothing."""
+
     def gather(self) -> None:
         # Even parameters below the persistence threshold are partitioned while ZeRO-3 records a trace, which it
         # does anew whenever the modules run in another order, as between validation and training.
