@@ -144,6 +144,16 @@ def _parser() -> argparse.ArgumentParser:
         add(config, "show", _config_show, "print every option: value, origin, meaning"),
         required=False,
     )
+    plan = add(commands, "plan", _plan, "predict memory, work and time from the configuration")
+    configured(plan, required=True)
+    for name, metavar, help in (
+        ("--gpus", "N", "processes, one per device (WORLD_SIZE, or 1)"),
+        ("--tokens", "N", "positions per micro-batch and process (all at data.max_length)"),
+        ("--targets", "N", "of which bear loss (all)"),
+    ):
+        plan.add_argument(name, type=int, metavar=metavar, help=help)
+    plan.add_argument("--chip", metavar="NAME", help="bound the time on this chip only")
+
     doctor = add(commands, "doctor", _doctor, "report versions, devices, threads and compilers")
     doctor.add_argument(
         "--kernels",
@@ -205,6 +215,13 @@ def _yaml(option: Resolved) -> str:
     if option.value is None or isinstance(option.value, bool):
         return {None: "null", True: "true", False: "false"}[option.value]
     return str(option.value)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    from flex.plan import plan_command
+
+    return plan_command(config, args.gpus, args.chip, args.tokens, args.targets)
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -50,6 +50,11 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in backward to save memory"
     )
+    quantise: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="nf4, int8: frozen linear layers in 4 or 8 bits (bitsandbytes); the rest in `dtype`",
+    )
+    double_quant: bool = Field(True, description="nf4: quantise the block scales too")
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -283,6 +288,11 @@ class TrainSection(Section):
     )
     keep: Positive = Field(2, description="checkpoints kept")
     log_every: Positive = Field(1, description="steps between log lines")
+    warm_up_longest: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="run the largest micro-batch before the first step, to no effect but that a "
+        "lack of memory shows at once; auto: on GPUs",
+    )
     sample_prompt: bool = Field(True, description="print a sample completion before and after")
 
 

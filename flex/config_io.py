@@ -24,7 +24,7 @@ _BOOKKEEPING = {
     *("name", "dir", "track", "resume", "deepspeed"),
     *("kernels.impl", "profile.tool", "profile.steps"),
     *("train.eval_every", "train.eval_batch_size", "train.save_every", "train.keep"),
-    *("train.log_every", "train.sample_prompt"),
+    *("train.log_every", "train.sample_prompt", "train.warm_up_longest"),
     *("eval.every", "eval.benchmark", "eval.path", "eval.limit", "eval.max_new_tokens"),
     "penalty.preset",  # its fields are in the hash, resolved
     *("data.path", "data.validation_path"),  # files may move; the run folder knows their contents

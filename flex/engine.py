@@ -110,6 +110,10 @@ class Engine:
         self._clear_gradients()
         return Update(norm, skipped=not finite)
 
+    def discard_gradients(self) -> None:
+        """Forget the gradients of a backward whose loss was scaled by 0."""
+        self._clear_gradients()
+
     def gather(self) -> None:
         """Make every adapter whole on this process, to be read until the next forward. All processes must call it."""
 

@@ -7,44 +7,18 @@ partitions, several times per step in stage 3. Stage 0 with fp32 adapters calls 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import RunConfig
+from .ds_file import read_ds_config
 from .engine import Engine, OptimizerState, Update, clip_gradients, missing_state, restore_counters
 from .errors import ConfigError
 from .optim import Lion, Sophia
-
-
-def read_ds_config(path: str) -> dict[str, Any]:
-    """A ds_config as a dict. Raises ConfigError if it is missing or not JSON."""
-    file = Path(path)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        here = sorted(p.name for p in file.parent.glob("*.json")) or ["zero2.json"]
-        raise ConfigError(
-            f"no file {path}",
-            "deepspeed=FILE names the engine's settings",
-            f"use one of: {', '.join(here)}",
-        ) from None
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is not JSON: {error}", "DeepSpeed cannot read it", "mend the file"
-        ) from None
-    if not isinstance(config, dict):
-        raise ConfigError(
-            f"{path} is not a JSON object",
-            "DeepSpeed cannot read it",
-            "start from ds_configs/zero2.json",
-        )
-    return config
 
 
 def partitioned_config(cfg: RunConfig) -> dict[str, Any] | None:
@@ -185,6 +159,9 @@ class ZeroEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
+
+    def discard_gradients(self) -> None:
+        """Leave them: they may lie reduced in ZeRO's own buffers, and zeros add nothing."""
 
     def gather(self) -> None:
         # Even parameters below the persistence threshold are partitioned while ZeRO-3 records a trace, which it

@@ -20,6 +20,7 @@ from .ranges import Profile, named
 from .state import Batch, StepReport, TrainState
 from .step import train_step, validation_loss
 from .stop import Stop, StopSignal
+from .warm_up import is_wanted, warm_up
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -55,6 +56,8 @@ class Trainer:
     ) -> Stop:
         """Train to the last step or until asked to stop; returns why it ended (GO: it is done)."""
         total = self.loader.total_steps
+        if self.state.step < total and is_wanted(self.cfg, self.engine.device):
+            warm_up(self.cfg, self.engine, self.loader, self.state.step)
         if self.state.step == 0 and self.validation:
             before = validation_loss(self.engine, self.validation)
             self.state.first_validation_loss = before

@@ -127,6 +127,22 @@ class StepLoader:
         """This process's `train.accumulation` micro-batches of the 0-based step."""
         return [self._collate(parts[self.rank]) for parts in self._parts(step)]
 
+    def largest(self, start: int = 0) -> tuple[int, int]:
+        """(0-based step, micro-step) of this process's largest micro-batch from step `start` on.
+
+        The largest has most positions, padding counted; of equal ones, most targets; then the first.
+        """
+        found, place = (-1, -1), (start, 0)
+        for step in range(start, self.total_steps):
+            for m, ranks in enumerate(self._deal(step)):
+                rows = [row for _, row in ranks[self.rank]]
+                lengths = [len(self.examples[row].input_ids) for row in rows]
+                padded = len(rows) * max(lengths) if self.layout == "grouped" else sum(lengths)
+                size = (padded, sum(self._targets[row] for row in rows))
+                if size > found:
+                    found, place = size, (step, m)
+        return place
+
     def targets(self, step: int) -> int:
         """Target tokens of the step over all processes: the loss's denominator."""
         return sum(self._targets[row] for _, row in self.sequence.draws(step))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from flex.errors import ModelError
+
+if TYPE_CHECKING:  # imported where they are used: `plan` reads a shape without transformers' 15 s
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 BOS, EOS, PAD = 256, 257, 258  # after the 256 bytes
 
@@ -29,8 +28,8 @@ _SHAPES: dict[str, tuple[int, int, int, int, int, int, int, float, bool]] = {
 }
 
 
-def shape_config(preset: str) -> LlamaConfig:
-    """The configuration of a preset; its special tokens are those of `byte_tokenizer`.
+def shape_fields(preset: str) -> dict[str, Any]:
+    """What a preset's config.json would say of its architecture.
 
     Raises:
         ModelError: no such preset.
@@ -42,25 +41,41 @@ def shape_config(preset: str) -> LlamaConfig:
             f"use one of {', '.join(f'shape:{name}' for name in _SHAPES)}",
         )
     hidden, ffn, layers, heads, kv_heads, vocabulary, context, theta, tied = _SHAPES[preset]
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=context,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-        tie_word_embeddings=tied,
-        rms_norm_eps=1e-5,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": context,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": tied,
+        "rms_norm_eps": 1e-5,
+    }
+
+
+def shape_config(preset: str) -> LlamaConfig:
+    """The configuration of a preset; its special tokens are those of `byte_tokenizer`.
+
+    Raises:
+        ModelError: no such preset.
+    """
+    from transformers import LlamaConfig
+
+    fields = {k: v for k, v in shape_fields(preset).items() if k != "model_type"}
+    return LlamaConfig(**fields, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
 
 
 def byte_tokenizer(context: int) -> PreTrainedTokenizerFast:
     """One token per UTF-8 byte, then BOS, EOS and PAD: lossless, and it fits every preset."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(ByteLevel.alphabet())
     bytes_only = Tokenizer(
         BPE(vocab={letter: place for place, letter in enumerate(alphabet)}, merges=[])
