@@ -16,6 +16,7 @@ import flex
 from flex.config_io import Resolved, load_config, origins
 from flex.errors import FlexError
 from flex.evals.arguments import add_eval_arguments, add_merge_check_arguments, add_nll_arguments
+from flex.train import add_dry_run_arguments, start
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -96,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="KEY=VALUE", help="for example optim.lr=1e-4"
         )
 
-    configured(add(commands, "train", _train, "fine-tune in one process"), required=True)
+    train = add(commands, "train", _train, "fine-tune in one process")
+    add_dry_run_arguments(train)
+    configured(train, required=True)
     add(commands, "demo", _demo, "fine-tune a small real model under DeepSpeed, two processes")
 
     merge = add(commands, "merge", _merge, "merge an adapter into its base model")
@@ -149,9 +152,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    from flex.train import run
-
-    return run(config)
+    return start(config, args.dry_run, args.world)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -37,6 +37,11 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float16", "float32", "float64"] = Field(
         "bfloat16", description="dtype of the frozen base; float64: as a reference only"
     )
+    quantise: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="nf4, int8: frozen linear layers in 4 or 8 bits (bitsandbytes); the rest in `dtype`",
+    )
+    double_quant: bool = Field(True, description="nf4: quantise the block scales too")
     attention: Literal["auto", "sdpa", "eager"] = Field(
         "auto",
         description="auto: variable-length, over packed documents; sdpa, eager: Hugging Face's own",

@@ -147,6 +147,18 @@ def load_model(
     return model
 
 
+def empty_model(cfg: ModelConfig) -> PreTrainedModel:
+    """The architecture of `cfg.name` on `meta`: modules and shapes, no weights and no memory for them.
+
+    Raises:
+        ModelError: as `load_config`.
+    """
+    config = load_config(cfg)
+    with _explained(cfg.name):
+        dtype = getattr(torch, cfg.dtype)
+        return _random_model(config, dtype, torch.device("meta"), 0, _attention(cfg, config))
+
+
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `cfg.name`; it always has an EOS and a padding token.
 
