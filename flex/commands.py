@@ -16,7 +16,6 @@ import flex
 from flex.config_io import Resolved, load_config, origins
 from flex.errors import FlexError
 from flex.evals.arguments import add_eval_arguments, add_merge_check_arguments, add_nll_arguments
-from flex.train import add_dry_run_arguments, start
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -150,8 +149,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_dry_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--dry-run` and `--world`, the same for both ways to start a run."""
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything but the weights, write nothing"
+    )
+    parser.add_argument(
+        "--world", type=int, metavar="N", help="with --dry-run: as if N processes were launched"
+    )
+
+
 def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
+    from flex.train import start
+
     return start(config, args.dry_run, args.world)
 
 

@@ -27,7 +27,7 @@ STOPPED = 3  # exit status of a run that was asked to stop and can be continued
 
 def main(argv: list[str] | None = None) -> int:
     """The launcher's entry; `--local_rank` is the launcher's own."""
-    from flex.commands import guarded
+    from flex.commands import add_dry_run_arguments, guarded
     from flex.config_io import load_config
 
     parser = argparse.ArgumentParser(prog="deepspeed flex/train.py", description=__doc__)
@@ -38,16 +38,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     return guarded(
         lambda: start(load_config(args.config, args.overrides), args.dry_run, args.world)
-    )
-
-
-def add_dry_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--dry-run` and `--world`, the same for both ways to start a run."""
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything but the weights, write nothing"
-    )
-    parser.add_argument(
-        "--world", type=int, metavar="N", help="with --dry-run: as if N processes were launched"
     )
 
 
