@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="KEY=VALUE", help="for example optim.lr=1e-4"
         )
 
-    configured(add(commands, "train", _train, "fine-tune in one process"), required=True)
+    train = add(commands, "train", _train, "fine-tune in one process")
+    add_dry_run_arguments(train)
+    configured(train, required=True)
     add(commands, "demo", _demo, "fine-tune a small real model under DeepSpeed, two processes")
 
     merge = add(commands, "merge", _merge, "merge an adapter into its base model")
@@ -163,11 +165,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_dry_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--dry-run` and `--world`, the same for both ways to start a run."""
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything but the weights, write nothing"
+    )
+    parser.add_argument(
+        "--world", type=int, metavar="N", help="with --dry-run: as if N processes were launched"
+    )
+
+
 def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    from flex.train import run
+    from flex.train import start
 
-    return run(config)
+    return start(config, args.dry_run, args.world)
 
 
 def _demo(args: argparse.Namespace) -> int:

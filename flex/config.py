@@ -50,11 +50,6 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in backward to save memory"
     )
-    quantise: Literal["none", "nf4", "int8"] = Field(
-        "none",
-        description="nf4, int8: frozen linear layers in 4 or 8 bits (bitsandbytes); the rest in `dtype`",
-    )
-    double_quant: bool = Field(True, description="nf4: quantise the block scales too")
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

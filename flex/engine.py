@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from . import loss_head
 from .errors import CheckpointError
 from .kernels.sophia_update import gradient_norm
 from .optim import CurvatureStats, Sophia
@@ -239,7 +240,8 @@ def build_engine(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, Tensor],
 ) -> Engine:
-    """The engine that `cfg.deepspeed` asks for."""
+    """The engine that `cfg.deepspeed` asks for, around a model that computes large losses in blocks."""
+    loss_head.install(model)
     if cfg.deepspeed is None:
         return Engine(model, optimizer, parameters, cfg.optim.clip_norm)
     from .engine_zero import ZeroEngine  # DeepSpeed takes seconds to import

@@ -31,25 +31,35 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Ten
     return _CrossEntropySum.apply(logits, labels, scale)
 
 
+def loss_and_gradient(logits: Tensor, labels: Tensor, scale: float, grad: Tensor | None) -> Tensor:
+    """Summed cross-entropy in nats (0-dim fp64, not scaled); into `grad`, if given, scale * its gradient.
+
+    `grad`: (n, V) of the logits' dtype. It may be `logits` itself, which are then overwritten.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    rows = ROWS_GPU if logits.is_cuda else ROWS_CPU
+    for start in range(0, len(logits), rows):
+        block = slice(start, start + rows)
+        label = labels[block, None]
+        x = logits[block].to(wide, copy=True)
+        x -= x.amax(-1, keepdim=True)
+        picked = x.gather(1, label)
+        norm = x.exp_().sum(-1, keepdim=True)
+        total += (norm.log() - picked).sum(dtype=torch.float64)
+        if grad is not None:
+            x *= scale / norm
+            x.scatter_add_(1, label, torch.full_like(picked, -scale))
+            grad[block] = x
+    return total
+
+
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, scale: float) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
         grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        rows = ROWS_GPU if logits.is_cuda else ROWS_CPU
-        for start in range(0, len(logits), rows):
-            block = slice(start, start + rows)
-            label = labels[block, None]
-            x = logits[block].to(wide, copy=True)
-            x -= x.amax(-1, keepdim=True)
-            picked = x.gather(1, label)
-            norm = x.exp_().sum(-1, keepdim=True)
-            total += (norm.log() - picked).sum(dtype=torch.float64)
-            if grad is not None:
-                x *= scale / norm
-                x.scatter_add_(1, label, torch.full_like(picked, -scale))
-                grad[block] = x
+        total = loss_and_gradient(logits, labels, scale, grad)
         ctx.save_for_backward(grad)
         return (total * scale).to(wide)
 

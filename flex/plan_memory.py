@@ -26,6 +26,7 @@ STATE = {"sophia": 8, "adamw": 8, "adamw8bit": 2, "lion": 4, "signum": 4}  # byt
 NF4_BLOCK, DOUBLE_BLOCK, INT8_SCALE = 64, 256, 4
 SHORT = 640  # on a CPU longer documents take flash attention (flex/model/attention_cpu.py)
 CPU_ROWS, GPU_ROWS = 32, 4096  # of logits widened to fp32 at a time (flex/loss.py)
+LOSS_BLOCK = 256 * 1024**2  # bytes of logits that exist at a time (flex/loss_head.py)
 PENALTY_CHUNK = 2**20  # elements that the penalty's torch path transforms at a time
 
 
@@ -165,13 +166,21 @@ def _penalty_workspace(job: Job) -> float:
     return 4 * FP32 * chunk
 
 
+def loss_rows(job: Job) -> int:
+    """Targets whose logits exist at a time: those of one block of the loss."""
+    return max(1, LOSS_BLOCK // (job.width * job.model.vocabulary))
+
+
 def memory(job: Job, device: str) -> list[Component]:
     """All components of a process on `device` ("cuda" or "cpu") at the step's peak."""
     b, v = job.width, job.model.vocabulary
-    rows = min(job.targets, GPU_ROWS if device == "cuda" else CPU_ROWS)
-    logits = b * job.targets * v
-    # the loss: its gradient, the upstream product (GPU), a block in fp32
-    loss = logits * (2 if device == "cuda" else 1) + FP32 * rows * v
+    targets = min(job.targets, loss_rows(job))
+    rows = min(targets, GPU_ROWS if device == "cuda" else CPU_ROWS)
+    logits = b * targets * v
+    if targets < job.targets:  # in blocks, whose gradients take the logits' place
+        loss = FP32 * rows * v + b * job.targets * job.model.hidden
+    else:  # its gradient, the upstream product (GPU), a block in fp32
+        loss = logits * (2 if device == "cuda" else 1) + FP32 * rows * v
     held, why = weight_workspace(job)
     split = job.world if job.stage == 3 else 1
     found = [
@@ -183,7 +192,7 @@ def memory(job: Job, device: str) -> list[Component]:
         ),
         *trainable(job),
         Component("activations", activations(job, device), "kept for backward"),
-        Component("logits", logits, f"{job.targets} targets x {v}"),
+        Component("logits", logits, f"{targets} of {job.targets} targets x {v}"),
         Component(
             "workspace: step",
             max(loss, backward_workspace(job, device)),
@@ -213,7 +222,8 @@ _STEP = ("activations", "logits", "workspace: step")
 def _validation(job: Job) -> float:
     """Logits and one layer's forward of a validation batch, without gradients."""
     model, t, b = job.model, job.validation, job.width
-    targets = t * job.targets / job.positions  # the same share bears loss
+    # the same share bears loss
+    targets = min(t * job.targets / job.positions, loss_rows(job))
     layer = t * (3 * b * model.ffn + 2 * FP32 * model.hidden)
     return max(layer, b * targets * model.vocabulary + FP32 * CPU_ROWS * model.vocabulary)
 

@@ -49,19 +49,24 @@ def share_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
 
 
+def check(cfg: RunConfig, count: int) -> None:
+    """Raise ConfigError if `count` processes are launched and the run names no engine for them."""
+    if cfg.deepspeed is None and count > 1:
+        raise ConfigError(
+            f"{count} processes were launched, but no ds_config is given",
+            "each would train the same model alone",
+            "add deepspeed=ds_configs/zero2.json, or launch one process: python -m flex train",
+        )
+
+
 def start(cfg: RunConfig) -> None:
     """Join the other processes, or become a world of one that DeepSpeed can live in.
 
     Raises:
-        ConfigError: several processes were launched and the run names no engine for them.
+        ConfigError: see `check`.
     """
+    check(cfg, world())
     if cfg.deepspeed is None:
-        if world() > 1:
-            raise ConfigError(
-                f"{world()} processes were launched, but no ds_config is given",
-                "each would train the same model alone",
-                "add deepspeed=ds_configs/zero2.json, or launch one process: python -m flex train",
-            )
         return
     if "RANK" not in os.environ:
         with socket.socket() as free:

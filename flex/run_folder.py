@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Found, find_latest
+from .checkpoint import Found, damage, find_latest
 from .config import RunConfig
 from .config_io import config_hash, dump_config, flatten, load_config
 from .errors import CheckpointError, ConfigError
@@ -107,6 +107,75 @@ def open_run(cfg: RunConfig, rank: int, data_hash: str) -> RunFolder:
         run.close()
         raise
     return run
+
+
+def inspect_run(cfg: RunConfig, data_hash: str | None) -> str:
+    """What `open_run` would find, without a trace of the look.
+
+    Args:
+        cfg: the run's.
+        data_hash: of the training examples; None where they could not be read: then not compared.
+
+    Returns: one line for a person.
+
+    Raises:
+        ConfigError: as `open_run`.
+    """
+    path = Path(cfg.dir) / cfg.name
+    stored = None
+    if path.exists():
+        run = RunFolder(path, config_hash(cfg), "")
+        stored = str(_environment(run).get("data_hash"))
+    run = RunFolder(path, config_hash(cfg), stored or "" if data_hash is None else data_hash)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"the run folder {path} cannot be used: no right to write in {there}",
+            "checkpoints and metrics go there",
+            "choose another with dir=FOLDER or name=OTHER, or repair its permissions",
+        )
+    _refuse_if_in_use(path)
+    traces = _traces(run) if path.exists() else []
+    if traces:
+        _refuse_a_foreign_run(run, cfg, traces)
+    if (path / "finished.json").exists():
+        return f"{path} is finished: nothing would be trained"
+    steps = sorted(p for p in run.checkpoints.glob("step-*") if "." not in p.name)
+    whole = [p for p in steps if damage(p) is None]
+    if steps and not whole:
+        raise CheckpointError(
+            f"all {len(steps)} checkpoints in {run.checkpoints} are damaged",
+            "going on would quietly start again at step 0",
+            "bring back a copy of one as step-NNNNNN, or start anew with name=OTHER",
+        )
+    if whole:
+        damaged = f", {len(steps) - len(whole)} damaged" if len(whole) < len(steps) else ""
+        return f"{path} would continue after {whole[-1].name}{damaged}"
+    return f"{path} " + ("has no checkpoint: would start at step 0" if traces else "would be new")
+
+
+def _refuse_if_in_use(path: Path) -> None:
+    try:
+        handle = os.open(path / ".lock", os.O_RDONLY)
+    except OSError:
+        return  # no lock, no run
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(path, handle) from None
+    except OSError as err:
+        log.warning("%s cannot be locked (%s): take care that only one run uses it", path, err)
+    finally:
+        os.close(handle)
+
+
+def _in_use(path: Path, handle: int) -> ConfigError:
+    holder = os.read(handle, 100).decode(errors="replace").strip()
+    return ConfigError(
+        f"the run folder {path} is in use by {holder or 'another process'}",
+        "two runs in one folder would destroy each other's checkpoints",
+        "wait for it, stop it, or give name=OTHER",
+    )
 
 
 def _open(run: RunFolder, cfg: RunConfig) -> None:
@@ -241,13 +310,9 @@ def _take_lock(path: Path) -> int:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.read(handle, 100).decode(errors="replace").strip()
+        error = _in_use(path, handle)
         os.close(handle)
-        raise ConfigError(
-            f"the run folder {path} is in use by {holder or 'another process'}",
-            "two runs in one folder would destroy each other's checkpoints",
-            "wait for it, stop it, or give name=OTHER",
-        ) from None
+        raise error from None
     except OSError as err:  # some network file systems have no locks
         log.warning("%s cannot be locked (%s): take care that only one run uses it", path, err)
     os.truncate(handle, 0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from . import loss_head
 from .loss import cross_entropy_sum
 from .optim import CurvatureStats, learning_rate, sample_labels
 from .optim.curvature import uniform_draws
@@ -27,26 +28,61 @@ def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Returns: (n, V) logits in the model's dtype and (n,) int64 labels, documents in the batch's order.
     """
+    keep, columns = target_positions(batch)
+    logits = forward_at(model, batch, columns)
+    labels = batch.labels[:, columns]
+    if keep.all():
+        return logits.flatten(0, 1), labels.flatten()
+    return logits[keep], labels[keep]
+
+
+def target_positions(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which positions bear loss, (rows, columns) bool, of the columns in which one does, (columns,) int64."""
     bears_loss = batch.labels != IGNORE
     columns = bears_loss.any(0).nonzero().squeeze(1)
     if not len(columns):  # a validation filler: the forward still runs, for the lockstep of ZeRO-3
         columns = columns.new_zeros(1)
+    return bears_loss[:, columns], columns
+
+
+def forward_at(model: nn.Module, batch: Batch, columns: Tensor) -> Tensor:
+    """What the model returns as logits of these columns: (rows, columns, V)."""
     layout = (
         {"attention_mask": batch.attention_mask}
         if batch.cu_seqlens is None
         else {"cu_seqlens": batch.cu_seqlens}
     )
-    output = model(
+    return model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         logits_to_keep=columns,
         use_cache=False,
         **layout,
-    )
-    keep = bears_loss[:, columns]
-    if keep.all():
-        return output.logits.flatten(0, 1), batch.labels[:, columns].flatten()
-    return output.logits[keep], batch.labels[:, columns][keep]
+    ).logits
+
+
+def target_loss(
+    model: nn.Module, batch: Batch, scale: float = 1.0, draws: Tensor | None = None
+) -> Tensor:
+    """scale * summed cross-entropy at the targets, a 0-dim tensor; never more than one block of logits.
+
+    Args:
+        draws: (n,) uniform numbers, one per target: labels are sampled from the model in place of the batch's.
+
+    Raises:
+        ModelError: see `loss_head.loss_of`.
+    """
+    head = loss_head.find(model)
+    if head is not None and batch.num_targets > head.block_rows(head.weight.dtype):
+        keep, columns = target_positions(batch)
+        labels = batch.labels[:, columns][keep]
+        with head.asked(loss_head.Request(keep, labels, draws, scale)):
+            output = forward_at(model, batch, columns)
+        return loss_head.loss_of(head, output)
+    logits, labels = target_logits(model, batch)
+    if draws is not None:
+        labels = sample_labels(logits.detach(), draws)
+    return cross_entropy_sum(logits, labels, scale)
 
 
 def refresh_is_due(cfg: RunConfig, step: int) -> bool:
@@ -60,13 +96,11 @@ def refresh_curvature(
 ) -> CurvatureStats:
     """Gauss-Newton-Bartlett: labels from the model's own softmax; per micro-batch B g^2; their mean into h."""
     for m, batch in enumerate(batches[: cfg.optim.curvature.micro_batches]):
-        logits, labels = target_logits(engine.model, batch)
         draws = uniform_draws(
             cfg.seed, step, batch.example_ids.tolist(), batch.targets_per_example()
         )
         num_targets = loader.targets_of_micro_step(step, m)
-        sampled = sample_labels(logits.detach(), draws)
-        engine.backward(cross_entropy_sum(logits, sampled, engine.world / num_targets))
+        engine.backward(target_loss(engine.model, batch, engine.world / num_targets, draws))
         engine.add_curvature(num_targets)
     return engine.commit_curvature()
 
@@ -102,8 +136,7 @@ def train_step(
     in_gradient = penalty if cfg.penalty.coupling == "gradient" else None
     for m, batch in enumerate(batches):
         with named("forward"):
-            logits, labels = target_logits(engine.model, batch)
-            loss = cross_entropy_sum(logits, labels, engine.world / num_targets)
+            loss = target_loss(engine.model, batch, engine.world / num_targets)
             total += loss.detach().double().cpu()
         if m == last and in_gradient is not None and not engine.whole_gradients:
             # A term of the loss, so that its gradient is in place before ZeRO reduces: a partition has no FFT.
@@ -167,11 +200,8 @@ def validation_loss(engine: Engine, batches: list[Batch]) -> float:
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         batch = batch.to(engine.device)
-        logits, labels = target_logits(engine.model, batch)
-        if batch.num_targets:
-            sums += torch.tensor(
-                [cross_entropy_sum(logits, labels).item(), batch.num_targets], dtype=torch.float64
-            )
+        loss = target_loss(engine.model, batch)  # a filler's too, for the lockstep of ZeRO-3
+        sums += torch.tensor([loss.item(), batch.num_targets], dtype=torch.float64)
     engine.model.train()
     total, count = all_reduce(sums).tolist()
     return total / count if count else float("nan")

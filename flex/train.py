@@ -28,15 +28,36 @@ STOPPED = 3  # exit status of a run that was asked to stop and can be continued
 
 def main(argv: list[str] | None = None) -> int:
     """The launcher's entry; `--local_rank` is the launcher's own."""
-    from flex.commands import guarded
+    from flex.commands import add_dry_run_arguments, guarded
     from flex.config_io import load_config
 
     parser = argparse.ArgumentParser(prog="deepspeed flex/train.py", description=__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML; none: every option's default")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    add_dry_run_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_intermixed_args(argv)
-    return guarded(lambda: run(load_config(args.config, args.overrides)))
+    return guarded(
+        lambda: start(load_config(args.config, args.overrides), args.dry_run, args.world)
+    )
+
+
+def start(cfg: RunConfig, dry_run: bool, world: int | None) -> int:
+    """`run`, or its rehearsal. Raises ConfigError for a `world` that would have no effect."""
+    if dry_run:
+        set_up_logging()
+        from flex.dry_run import rehearse
+
+        return rehearse(cfg, world)
+    if world is not None:
+        from flex.errors import ConfigError
+
+        raise ConfigError(
+            "--world without --dry-run",
+            "the number of a run's processes is the launcher's to decide",
+            f"deepspeed --num_gpus {world} flex/train.py, or add --dry-run",
+        )
+    return run(cfg)
 
 
 def run(cfg: RunConfig) -> int:
@@ -48,17 +69,13 @@ def run(cfg: RunConfig) -> int:
     set_up_logging()
     from flex import processes
     from flex.data.loader import StepLoader, load_data, validation_batches
-    from flex.engine_zero import check_ds_config, read_ds_config
     from flex.model.base import load_tokenizer
     from flex.ranges import check_profile
     from flex.run_folder import open_run
     from flex.session import Session
-    from flex.trackers import require_installed
 
     rank, world = processes.rank(), processes.world()
-    if cfg.deepspeed is not None:
-        check_ds_config(read_ds_config(cfg.deepspeed), cfg)
-    require_installed(cfg.track)
+    check_settings(cfg, world)
     tokenizer = load_tokenizer(cfg.model)
     data = load_data(cfg, tokenizer)
     pad = tokenizer.pad_token_id
@@ -78,6 +95,25 @@ def run(cfg: RunConfig) -> int:
         return Session(
             cfg, folder, tokenizer, loader, validation, data.validation, spot_check
         ).run()
+
+
+def check_settings(cfg: RunConfig, world: int) -> None:
+    """What the options alone and this machine can tell: engine, ds_config, trackers.
+
+    Raises:
+        ConfigError: they do not fit each other, the number of processes or what is installed.
+    """
+    from flex import processes
+    from flex.ds_sections import check_zero_section
+    from flex.engine_zero import check_ds_config, read_ds_config
+    from flex.trackers import require_installed
+
+    processes.check(cfg, world)
+    if cfg.deepspeed is not None:
+        ds_config = read_ds_config(cfg.deepspeed)
+        check_ds_config(ds_config, cfg)
+        check_zero_section(cfg.deepspeed, ds_config, world)
+    require_installed(cfg.track)
 
 
 def set_up_logging() -> None:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import ConfigError, ModelError
-from .loss import cross_entropy_sum
 from .ranges import named
-from .step import target_logits
+from .step import target_loss
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -45,8 +44,7 @@ def warm_up(cfg: RunConfig, engine: Engine, loader: StepLoader, step: int) -> No
     cuda = [engine.device] if engine.device.type == "cuda" else []
     try:
         with named("warm-up"), torch.random.fork_rng(devices=cuda):
-            logits, labels = target_logits(engine.model, batch)
-            engine.backward(cross_entropy_sum(logits, labels, 0.0))
+            engine.backward(target_loss(engine.model, batch, 0.0))
         engine.discard_gradients()
     except torch.OutOfMemoryError as error:
         raise too_large(cfg, engine, batch) from error

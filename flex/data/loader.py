@@ -151,6 +151,23 @@ class StepLoader:
         """Tokens of the step over all processes, padding not counted."""
         return sum(len(self.examples[row].input_ids) for _, row in self.sequence.draws(step))
 
+    def largest_micro_batch(self, steps: int) -> tuple[int, int]:
+        """(positions, 1-based step) of the largest micro-batch of any process in the first `steps` steps.
+
+        Padding counts where the layout pads. What fits this one fits them all.
+        """
+        sizes = (
+            (self._size(part), step + 1)
+            for step in range(steps)
+            for ranks in self._parts(step)
+            for part in ranks
+        )
+        return max(sizes, key=lambda found: found[0])
+
+    def _size(self, part: list[Draw]) -> int:
+        lengths = [len(self.examples[row].input_ids) for _, row in part]
+        return max(lengths) * len(lengths) if self.layout == "grouped" else sum(lengths)
+
     def targets_of_micro_step(self, step: int, micro_step: int) -> int:
         """Target tokens of one micro-step over all processes."""
         return sum(self._targets[row] for part in self._parts(step)[micro_step] for _, row in part)

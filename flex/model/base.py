@@ -157,11 +157,21 @@ def load_model(
     return model
 
 
+def empty_model(cfg: ModelConfig) -> PreTrainedModel:
+    """The architecture of `cfg.name` on `meta`: modules and shapes, no weights and no memory for them.
+
+    Raises:
+        ModelError: as `load_config`.
+    """
+    config = load_config(cfg)
+    with _explained(cfg.name):
+        dtype = getattr(torch, cfg.dtype)
+        return _random_model(config, dtype, torch.device("meta"), 0, _attention(cfg, config))
+
+
 def base_bytes(cfg: ModelConfig) -> int:
     """Bytes that the whole base takes in `cfg.dtype`, not quantised. Raises ModelError as `load_config`."""
-    with torch.device("meta"):
-        model = _AnyAuto.from_config(load_config(cfg), dtype=getattr(torch, cfg.dtype))
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(p.numel() * p.element_size() for p in empty_model(cfg).parameters())
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:

@@ -1,6 +1,7 @@
 """What the documents say exists, exists; what they show to be typed, runs."""
 
 import argparse
+import json
 import re
 import shlex
 
@@ -10,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from flex.commands import _parser
 from flex.options import OPTIONS, SECTIONS
+from flex.train import main
 from tests.runs import ROOT
 from tests.tiny import VOCAB, tiny_model
 
@@ -63,6 +65,46 @@ def test_commands_that_are_shown_parse():
         except SystemExit:
             pytest.fail(f"not a command: {line}")
     assert isinstance(_parser(), argparse.ArgumentParser)
+
+
+LAUNCHES = sorted(
+    {
+        line.partition("#")[0].strip()
+        for path in DOCUMENTS
+        for piece in code(path.read_text())[0]
+        for line in piece.splitlines()
+        if line.startswith("deepspeed ") and "flex/train.py" in line
+    }
+)
+
+
+def test_the_four_ways_to_train_a_7b_are_documented():
+    ways = [line for line in LAUNCHES if re.match(r"deepspeed --(num_gpus|hostfile)", line)]
+    assert len(ways) >= 4
+    for word in ("quantise=nf4", "num_gpus 1 ", "zero3.json", "--hostfile"):
+        assert any(word in line for line in ways), word
+
+
+@pytest.mark.parametrize("line", LAUNCHES)
+def test_launches_that_are_shown_pass_the_dry_run(line, tmp_path, monkeypatch, capsys):
+    """As typed, but for the model's weights and the data, which a test must not fetch."""
+    monkeypatch.chdir(ROOT)
+    launcher, _, arguments = line.partition("flex/train.py")
+    slots = re.findall(r"slots=(\d+)", (ROOT / "ds_configs/README.md").read_text())
+    given = re.search(r"--num_gpus (\d+)", launcher)
+    world = int(given[1]) if given else sum(map(int, slots)) if "--hostfile" in launcher else 2
+    task = {"text": "Add one.", "code": "def f(x):\n    return x + 1", "test_list": ["assert f(1)"]}
+    rows = tmp_path / "rows.jsonl"
+    numbers = (*range(511, 531), *range(601, 641))  # MBPP's own cut
+    rows.write_text("".join(json.dumps(task | {"task_id": n}) + "\n" for n in numbers))
+    shape = "codellama-7b" if "codellama" in arguments else "tiny"
+    own = (f"model.name=shape:{shape}", f"data.path={rows}", f"dir={tmp_path / 'runs'}")
+    status = main([*shlex.split(arguments), "--dry-run", "--world", str(world), *own])
+    found = capsys.readouterr()
+    assert status == 0, found.err
+    assert "checks passed" in found.out and f"{world} process" in found.out
+    assert "ok           adapters" in found.out
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_two_loops_of_the_readme_train():

@@ -56,31 +56,40 @@ def test_brackets_in_a_message_are_not_taken_for_styles(capsys):
 
 def test_train_passes_the_configuration_and_returns_the_exit_code(fake, config_file):
     seen = []
-    fake("flex.train", run=lambda config: seen.append(config) or 3)
+    fake("flex.train", start=lambda *given: seen.append(given) or 3)
     # overrides may stand before and after --config
     assert commands.main(["train", "lora.r=4", "--config", config_file, "optim.lr=3e-4"]) == 3
-    (config,) = seen
+    ((config, dry_run, world),) = seen
+    assert (dry_run, world) == (False, None)
     assert isinstance(config, RunConfig)
     assert (config.seed, config.lora.r, config.optim.lr) == (7, 4, 3e-4)
+
+
+def test_a_dry_run_is_told_the_number_of_processes(fake, config_file):
+    seen = []
+    fake("flex.train", start=lambda *given: seen.append(given[1:]) or 0)
+    command = ["train", "--dry-run", "--config", config_file, "--world", "8", "lora.r=4"]
+    assert commands.main(command) == 0
+    assert seen == [(True, 8)]
 
 
 def test_a_flex_error_of_a_run_is_told_and_other_errors_keep_their_traceback(
     fake, capsys, config_file
 ):
     def fail(error):
-        def run(config):
+        def start(*given):
             raise error
 
-        return run
+        return start
 
-    fake("flex.train", run=fail(DataError("row 3 is empty", "no token bears loss", "drop it")))
+    fake("flex.train", start=fail(DataError("row 3 is empty", "no token bears loss", "drop it")))
     assert commands.main(["train", "--config", config_file]) == 2
     assert capsys.readouterr().err == (
         "error: row 3 is empty\n  why: no token bears loss\n  fix: drop it\n"
     )
-    fake("flex.train", run=fail(KeyboardInterrupt()))
+    fake("flex.train", start=fail(KeyboardInterrupt()))
     assert commands.main(["train", "--config", config_file]) == 130
-    fake("flex.train", run=fail(ZeroDivisionError()))
+    fake("flex.train", start=fail(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         commands.main(["train", "--config", config_file])
 

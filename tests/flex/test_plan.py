@@ -14,7 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from flex import plan_cost, plan_memory
+from flex import loss, loss_head, plan_cost, plan_memory
 from flex.chips import CHIPS
 from flex.commands import main
 from flex.config import RunConfig
@@ -317,3 +317,20 @@ def test_presets_have_the_parameters_that_transformers_builds() -> None:
             model = AutoModelForCausalLM.from_config(config)
         expected = sum(p.numel() for p in model.parameters())
         assert architecture_of(name, config.to_dict()).parameters == expected
+
+
+def test_constants_are_those_of_the_code_that_they_describe() -> None:
+    assert plan_memory.LOSS_BLOCK == loss_head.BLOCK_BYTES
+    assert (plan_memory.CPU_ROWS, plan_memory.GPU_ROWS) == (loss.ROWS_CPU, loss.ROWS_GPU)
+
+
+def test_no_more_logits_than_a_block_of_the_loss() -> None:
+    cfg = load_config(None, ["model.name=shape:llama3-8b"])
+    model = read_architecture(cfg.model)
+
+    def logits(targets: int) -> float:
+        parts = plan_memory.memory(make_job(cfg, model, None, 1, 8192, targets), "cuda")
+        return next(c.bytes for c in parts if c.name == "logits")
+
+    assert logits(1000) == 2 * 1000 * 128256
+    assert 2**28 - 2 * 128256 < logits(8192) <= 2**28

@@ -1,11 +1,12 @@
 """One run on every engine: plain PyTorch and ZeRO 0-3 agree, and what comes out is the same adapter."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.runs import TINY, checkpoint, losses, run, run_well, write_rows
+from tests.runs import ROOT, TINY, checkpoint, losses, run, run_well, write_rows
 
 STEPS = 20
 # At this rate rounding stays rounding: fp32 runs differ by 3e-7 in the curvature. At 1e-2 Sophia's
@@ -62,9 +63,18 @@ def test_two_processes_equal_one(tmp_path, rows, plain, engine, optimizer):
     assert_same_run(ours, plain[optimizer], optimizer)
 
 
-@pytest.mark.parametrize("engine", ["zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize("engine", ["zero2_offload", "zero3_offload", "zero3_offload_param"])
 def test_offload_changes_nothing(tmp_path, rows, plain, engine):
     ours = start(tmp_path, rows, "ours", "sophia", engine=engine)
+    assert_same_run(ours, plain["sophia"], "sophia")
+
+
+def test_a_second_copy_per_node_changes_nothing(tmp_path, rows, plain):
+    """hpZ, with both processes as one node."""
+    config = json.loads((ROOT / "ds_configs/zero3_hpz.json").read_text())
+    config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "hpz.json").write_text(json.dumps(config))
+    ours = start(tmp_path, rows, "ours", "sophia", engine=str(tmp_path / "hpz"))
     assert_same_run(ours, plain["sophia"], "sophia")
 
 
