@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Most tests use one core, and a file's tests share what is costly to make.
+WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 READY := $(VENV)/.installed
@@ -12,7 +14,7 @@ demo: $(READY)  ## fine-tune a real model on the built-in tasks, two processes
 	$(PY) -m flex demo
 
 test: $(READY)  ## all tests; ARGS="-m 'not slow' tests/flex" selects
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(ARGS)
 
 check: $(VENV)/.checkers  ## format, lint, types, import rules
 	$(PY) -m ruff format --check .

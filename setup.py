@@ -44,7 +44,13 @@ setup(
         "triton>=3.5; platform_system == 'Linux'",
     ],
     extras_require={
-        "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-benchmark>=5.0", "scipy>=1.15"],
+        "test": [
+            "hypothesis>=6.100",
+            "pytest>=8.3",
+            "pytest-benchmark>=5.0",
+            "pytest-xdist>=3.6",
+            "scipy>=1.15",
+        ],
         "gpu": ["liger-kernel>=0.6"],
         "track": ["mlflow", "tensorboard", "trackio", "wandb"],
         "dev": ["mypy>=1.15", "ruff>=0.12", "types-PyYAML"],
