@@ -7,6 +7,7 @@ there is still room.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -92,11 +93,22 @@ def stream_model(
     for name in sorted(wanted, key=lambda name: -found[name].numel):
         module, leaf = _owner(model, name)
         place.put(module, leaf, found[name], wanted[name].dtype)
+        return_freed_memory()
     for copy, original in tied.items():
         module, leaf = _owner(model, copy)
         setattr(module, leaf, model.get_parameter(original))
     _fill_buffers(model, place.device)
     return model, info
+
+
+def return_freed_memory() -> None:
+    """Have glibc give freed memory back to the system; a no-op with other C libraries.
+
+    It keeps what was freed between things that stay: 3.5 GB on one of two ranks after loading 13.5 GB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
