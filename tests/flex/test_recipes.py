@@ -51,11 +51,18 @@ def test_a_deepspeed_file_holds_engine_settings_only(path):
     assert decided_by_the_run & settings.keys() == set()
     zero = settings["zero_optimization"]
     assert path.stem.removeprefix("zero").split("_")[0] == str(zero["stage"])
-    assert ("offload_optimizer" in zero) == path.stem.endswith("offload")
+    in_host_memory = path.stem.endswith(("offload", "offload_param", "nvme"))
+    assert ("offload_optimizer" in zero) == in_host_memory
+    assert ("offload_param" in zero) == path.stem.endswith(("offload_param", "nvme"))
     if zero["stage"] == 3:  # adapters stay whole: the penalty needs whole matrices
         assert zero["stage3_param_persistence_threshold"] >= 1_000_000
 
 
-def test_all_six_deepspeed_files_are_there():
+def test_all_deepspeed_files_are_there_and_in_their_readme():
     names = {path.stem for path in ENGINES}
-    assert names == {*("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")}
+    assert names == {
+        *("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"),
+        *("zero3_hpz", "zero3_offload_param", "zero3_nvme"),
+    }
+    readme = (ROOT / "ds_configs/README.md").read_text("utf-8")
+    assert all(f"| `{name}.json` |" in readme for name in names)

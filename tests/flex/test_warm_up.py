@@ -51,9 +51,9 @@ def test_the_largest_micro_batch_of_the_run_is_the_one_that_runs(batching: str, 
     cfg = config(train={"accumulation": 2, "steps": 6}, data={"batching": batching})
     parts = Parts(cfg)
     seen = []
-    original = module.target_logits
+    original = module.target_loss
     with mock.patch.object(
-        module, "target_logits", lambda m, b: (seen.append(b), original(m, b))[1]
+        module, "target_loss", lambda m, b, scale: (seen.append(b), original(m, b, scale))[1]
     ):
         warm_up(cfg, parts.engine, parts.loader, start)
     all_batches = [b for step in range(start, 6) for b in parts.loader.micro_batches(step)]
