@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -43,17 +46,24 @@ def command(*options: str, engine: str | None = None, processes: int = 2) -> lis
     return [*launcher, str(ROOT / "flex/train.py"), settings, *options]
 
 
+def one_at_a_time() -> FileLock:
+    """Held by a test while it has several processes: they wait for each other in loops that burn a core, so
+    two such tests beside each other, in two of pytest's workers, take many times as long."""
+    return FileLock(Path(tempfile.gettempdir()) / f"flex-tests-{os.getuid()}.lock")
+
+
 def run(*options: str, **where: object) -> subprocess.CompletedProcess[str]:
     """Run to the end from the checkout's root; output is captured, the status is the caller's to judge."""
-    return subprocess.run(
-        command(*options, **where),  # type: ignore[arg-type]
-        cwd=ROOT,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    with one_at_a_time() if where.get("engine") else contextlib.nullcontext():
+        return subprocess.run(
+            command(*options, **where),  # type: ignore[arg-type]
+            cwd=ROOT,
+            env={**os.environ, "DS_ACCELERATOR": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
 
 
 def run_well(*options: str, **where: object) -> str:

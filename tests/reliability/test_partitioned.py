@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from tests.runs import ROOT, free_port
+from tests.runs import ROOT, free_port, one_at_a_time
 from tests.tiny import tiny_model
 
 SCRIPT = """
@@ -55,24 +55,25 @@ def test_two_processes_hold_the_halves_of_the_file(tmp_path):
     heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
     tiny_model(**fields, **heads).save_pretrained(tmp_path / "m", max_shard_size="40KB")
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(tmp_path / "m")],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                **where,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_SIZE": "2",
-                "DS_ACCELERATOR": "cpu",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        out, err = process.communicate(timeout=200)
-        assert process.returncode == 0 and "as the file says" in out, err
+    with one_at_a_time():
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, str(tmp_path / "m")],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    **where,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "LOCAL_SIZE": "2",
+                    "DS_ACCELERATOR": "cpu",
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        for process in started:
+            out, err = process.communicate(timeout=200)
+            assert process.returncode == 0 and "as the file says" in out, err

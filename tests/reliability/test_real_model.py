@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from flex.metrics_file import read_metrics
-from tests.runs import ROOT, command
+from tests.runs import ROOT, command, one_at_a_time
 
 OPTIONS = (
     "--config",
@@ -49,9 +49,10 @@ def test_from_the_launcher_to_plain_transformers(tmp_path):
     environment.pop("OMP_NUM_THREADS")  # the trainer shares the cores out itself
 
     def call(*words):
-        done = subprocess.run(
-            words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
+        with one_at_a_time():
+            done = subprocess.run(
+                words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            )
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done.stdout
 

@@ -1,5 +1,6 @@
 """A run that was cut goes on in a new process and ends bit for bit like the run that was not."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,17 @@ import time
 import pytest
 
 from flex.metrics_file import read_metrics
-from tests.runs import ROOT, TINY, checkpoint, command, losses, run, run_well, write_rows
+from tests.runs import (
+    ROOT,
+    TINY,
+    checkpoint,
+    command,
+    losses,
+    one_at_a_time,
+    run,
+    run_well,
+    write_rows,
+)
 
 STEPS = 12
 TIMINGS = {
@@ -106,23 +117,24 @@ def test_bit_equal_after_a_signal(uncut, tmp_path, engine, number):
         shutil.copy(tmp_path / "rows.jsonl", uncut)
         run_well(*options(uncut), **where)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    process = subprocess.Popen(
-        command(*slow, **where),
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_for_step(process, tmp_path, 5)
-        asked = time.monotonic()
-        os.killpg(process.pid, number)
-        process.wait(timeout=60)
-        took = time.monotonic() - asked
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    with one_at_a_time() if engine else contextlib.nullcontext():
+        process = subprocess.Popen(
+            command(*slow, **where),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_for_step(process, tmp_path, 5)
+            asked = time.monotonic()
+            os.killpg(process.pid, number)
+            process.wait(timeout=60)
+            took = time.monotonic() - asked
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert took < 10
     assert not (tmp_path / "run/finished.json").exists()
     run_well(*slow, **where)
