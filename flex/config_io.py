@@ -98,7 +98,7 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 
 def _given(path: str | None, overrides: Sequence[str]) -> dict[str, Given]:
-    given = dict(_read_file(path)) if path is not None else {}
+    given = dict(_walk_file(read_mapping(path), "", path)) if path is not None else {}
     seen: set[str] = set()
     for text in overrides:
         key, value = _parse_override(text)
@@ -113,7 +113,8 @@ def _given(path: str | None, overrides: Sequence[str]) -> dict[str, Given]:
     return given
 
 
-def _read_file(path: str) -> Iterable[tuple[str, Given]]:
+def read_mapping(path: str) -> dict[str, Any]:
+    """The YAML mapping in a file; empty for an empty file. Raises ConfigError."""
     try:
         content = yaml_io.parse(Path(path).read_text("utf-8"))
     except FileNotFoundError:
@@ -142,7 +143,7 @@ def _read_file(path: str) -> Iterable[tuple[str, Given]]:
             "a configuration is a YAML mapping of options",
             "write lines such as `seed: 1`, or `optim:` and below it `  lr: 1e-4`",
         )
-    return _walk_file(content, "", path)
+    return content
 
 
 def _walk_file(node: dict[str, Any], prefix: str, path: str) -> Iterable[tuple[str, Given]]:

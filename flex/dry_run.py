@@ -16,6 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft.tuners.lora.layer import LoraLayer
 
 from . import processes
+from .build import build_update
 from .config import RunConfig
 from .config_io import config_hash
 from .data.loader import DataBundle, StepLoader, load_data
@@ -23,8 +24,6 @@ from .engine_zero import check_ds_config, read_ds_config
 from .errors import DataError, FlexError, ModelError
 from .model.adapters import adapter_parameters, add_adapters
 from .model.base import empty_model, load_tokenizer, resolve
-from .optim import build_optimizer
-from .penalty import SpectralPenalty
 from .ranges import check_profile
 from .run_folder import inspect_run
 from .train import check_settings
@@ -169,12 +168,7 @@ def _check_model(cfg: RunConfig, report: Report) -> None:
     if cfg.deepspeed is not None:
         largest = max(p.numel() for p in parameters.values())
         check_ds_config(read_ds_config(cfg.deepspeed), cfg, largest)
-    offsets = None
-    if cfg.penalty.active:
-        penalty = SpectralPenalty.from_model(peft_model, cfg.penalty, impl=cfg.kernels.impl)
-        if cfg.optim.name == "sophia" and cfg.penalty.coupling == "gradient":
-            offsets = penalty.curvature_constants()
-    build_optimizer(cfg.optim, parameters, offsets, cfg.kernels.impl)
+    build_update(cfg, peft_model, parameters)
     report.ok("architecture", f"{kind}, {size / 1e9:.2f} B parameters")
     trained = sum(p.numel() for p in parameters.values())
     targets = ", ".join(cfg.lora.targets)

@@ -10,7 +10,7 @@ from .errors import ConfigError
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
-    """A ds_config as a dict. Raises ConfigError if it is missing or not JSON."""
+    """A ds_config as a dict, ready for DeepSpeed. Raises ConfigError if it is missing or not JSON."""
     file = Path(path)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -31,4 +31,5 @@ def read_ds_config(path: str) -> dict[str, Any]:
             "DeepSpeed cannot read it",
             "start from ds_configs/zero2.json",
         )
+    config["train_micro_batch_size_per_gpu"] = 1  # only DeepSpeed's sample counters use it
     return config

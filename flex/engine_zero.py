@@ -26,7 +26,6 @@ def partitioned_config(cfg: RunConfig) -> dict[str, Any] | None:
     config = None if cfg.deepspeed is None else read_ds_config(cfg.deepspeed)
     if config is None or config.get("zero_optimization", {}).get("stage", 0) != 3:
         return None
-    config["train_micro_batch_size_per_gpu"] = 1  # only DeepSpeed's sample counters use it
     return config
 
 
@@ -126,7 +125,6 @@ class ZeroEngine(Engine):
         self.stage = check_ds_config(config, cfg, max(p.numel() for p in parameters.values()))
         if self.stage > 0:
             config["gradient_clipping"] = cfg.optim.clip_norm
-        config["train_micro_batch_size_per_gpu"] = 1  # only DeepSpeed's sample counters use it
         self.engine, self._wrapped, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config
         )

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .metrics_file import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_losses(metrics: Path, image: Path) -> bool:
@@ -37,7 +41,12 @@ def plot_losses(metrics: Path, image: Path) -> bool:
     )
     right.set_ylabel("lambda * penalty")
     figure.legend(loc="outside upper center", ncols=3)
+    save_figure(figure, image)
+    return True
+
+
+def save_figure(figure: Figure, image: Path) -> None:
+    """Write a figure of matplotlib as the PNG `image`, replacing it atomically."""
     tmp = image.with_name(image.name + ".tmp")
     figure.savefig(tmp, format="png", dpi=120)
     os.replace(tmp, image)
-    return True

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import processes
+from .build import build_update
 from .checkpoint import Loaded, load_checkpoint, restore_rng
 from .engine import Engine, OptimizerState, build_engine
 from .engine_zero import partitioned_config
@@ -22,8 +23,6 @@ from .meters import Meter
 from .model.adapters import adapter_parameters, add_adapters
 from .model.base import base_bytes, load_model, resolve
 from .model.export import PROMPT, probe_logits, save_adapter, self_test
-from .optim import build_optimizer
-from .penalty import SpectralPenalty
 from .ranges import Profile
 from .sample import sample_completion
 from .state import Batch, Example
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from .config import RunConfig
     from .data.loader import StepLoader
     from .evals.spot_check import SpotCheck
+    from .penalty import SpectralPenalty
     from .run_folder import RunFolder
 
 log = logging.getLogger("flex.session")
@@ -102,25 +102,18 @@ class Session:
 
     def _build(self, loaded: Loaded | None) -> tuple[Engine, SpectralPenalty | None]:
         cfg = self.cfg
-        impl = cfg.kernels.impl
         partitioned = partitioned_config(cfg)
         base = load_model(cfg.model, processes.local_device(), ds_config=partitioned)
-        model = add_adapters(base, cfg.lora, cfg.seed, impl)
+        model = add_adapters(base, cfg.lora, cfg.seed, cfg.kernels.impl)
         parameters = adapter_parameters(model)
-        penalty = None
-        if cfg.penalty.active:
-            penalty = SpectralPenalty.from_model(model, cfg.penalty, impl=impl)
-        offsets = None
+        penalty, optimizer = build_update(cfg, model, parameters)
         if penalty is not None:
             penalty.warnings_at_start()
-            if cfg.optim.name == "sophia" and cfg.penalty.coupling == "gradient":
-                offsets = penalty.curvature_constants()
         if loaded is not None:
             # Before the engine is built: ZeRO clones its fp32 masters from the parameters.
             load_parameters(parameters, loaded.tensors["adapter"])
             if penalty is not None:
                 penalty.load_state_dict(loaded.tensors.get("penalty", {}))
-        optimizer = build_optimizer(cfg.optim, parameters, offsets, impl)
         engine = build_engine(cfg, model, optimizer, parameters)
         if loaded is not None:
             counters = loaded.extra["counters"]

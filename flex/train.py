@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import argparse
 import logging
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def run(cfg: RunConfig) -> int:
         if cfg.eval.every:
             from flex.evals.spot_check import SpotCheck
 
-            spot_check = stack.enter_context(SpotCheck(cfg.eval, tokenizer, rank))
+            spot_check = stack.enter_context(closing(SpotCheck(cfg.eval, tokenizer, rank)))
         folder = stack.enter_context(open_run(cfg, rank, data.fingerprint()))
         processes.start(cfg)
         stack.callback(processes.stop)

@@ -135,10 +135,8 @@ class StepLoader:
         found, place = (-1, -1), (start, 0)
         for step in range(start, self.total_steps):
             for m, ranks in enumerate(self._deal(step)):
-                rows = [row for _, row in ranks[self.rank]]
-                lengths = [len(self.examples[row].input_ids) for row in rows]
-                padded = len(rows) * max(lengths) if self.layout == "grouped" else sum(lengths)
-                size = (padded, sum(self._targets[row] for row in rows))
+                part = ranks[self.rank]
+                size = (self._size(part), sum(self._targets[row] for _, row in part))
                 if size > found:
                     found, place = size, (step, m)
         return place
@@ -165,6 +163,7 @@ class StepLoader:
         return max(sizes, key=lambda found: found[0])
 
     def _size(self, part: list[Draw]) -> int:
+        """Positions of a micro-batch, padding counted."""
         lengths = [len(self.examples[row].input_ids) for _, row in part]
         return max(lengths) * len(lengths) if self.layout == "grouped" else sum(lengths)
 

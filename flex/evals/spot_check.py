@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +39,7 @@ class PassRate:
 
 
 class SpotCheck:
-    """The tasks of `eval.benchmark` and the sandbox to run them in; a context manager.
+    """The tasks of `eval.benchmark` and the sandbox to run them in; `close` it.
 
     All processes hold one and generate the same completions in lockstep, since ZeRO-3 gathers the
     weights of each layer from all of them; rank 0 alone runs programs.
@@ -68,15 +67,8 @@ class SpotCheck:
                 "install it, choose another benchmark, or set eval.every=0",
             )
 
-    def __enter__(self) -> SpotCheck:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End what the sandbox keeps running."""
         if self._runner is not None:
             self._runner.close()
 

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from flex.errors import ConfigError
+from flex.evals.command import check_counts
 
 
 def race_command(args: argparse.Namespace) -> int:
@@ -15,8 +15,7 @@ def race_command(args: argparse.Namespace) -> int:
     from flex.race.report import write_report
     from flex.race.stages import hold
 
-    if args.workers is not None and args.workers < 1:
-        raise ConfigError(f"--workers {args.workers}", "nothing would run", "give 1 or more")
+    check_counts(args, "workers")
     race = load_race(Path(args.config))
     folder = Path(race.dir) / race.name
     workers = args.workers or len(os.sched_getaffinity(0))

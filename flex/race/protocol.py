@@ -18,9 +18,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, ValidationError
 
-from flex import yaml_io
 from flex.config import RunConfig, Section
-from flex.config_io import load_config
+from flex.config_io import load_config, read_mapping
 from flex.errors import ConfigError
 
 TUNING_SEED, FIRST_SEED = 0, 100  # of the evaluation: 100, 101, ...
@@ -139,18 +138,7 @@ class RaceConfig(Section):
 
 def load_race(path: Path) -> RaceConfig:
     """Read a race from a YAML file. Raises ConfigError for anything wrong with it."""
-    try:
-        content = yaml_io.parse(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error}",
-            "a race is described by a YAML file",
-            "give one of flex/recipes/races/",
-        ) from None
-    except Exception as error:  # yaml.YAMLError and what it wraps
-        raise ConfigError(
-            f"{path}: {error}", "it is not YAML", "start from one of flex/recipes/races/"
-        ) from None
+    content = read_mapping(str(path))
     try:
         race = RaceConfig.model_validate(content)
     except ValidationError as error:

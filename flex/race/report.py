@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flex.files import write_atomic
+from flex.loss_plot import save_figure
 from flex.race.analysis import COSTS, Verdict, center, table, verdict
 from flex.race.protocol import BASELINE, CHALLENGER, RaceConfig
 from flex.race.stages import Book, at_edge, best, best_of
@@ -125,7 +125,4 @@ def _plot(race: RaceConfig, book: Book, folder: Path) -> None:
     budget.set(xlabel=f"budget (1 = {race.steps} steps)", ylabel="final loss, each run decayed")
     for axes in (rate, tried, budget):
         axes.legend(fontsize=7)
-    image = folder / "race.png"
-    tmp = image.with_name(image.name + ".tmp")
-    figure.savefig(tmp, format="png", dpi=120)
-    os.replace(tmp, image)
+    save_figure(figure, folder / "race.png")

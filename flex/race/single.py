@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flex.build import build_update
 from flex.config import RunConfig
 from flex.data.loader import DataBundle, StepLoader, load_data, validation_batches
 from flex.engine import Engine
 from flex.errors import CurvatureError
 from flex.model.adapters import adapter_parameters, add_adapters
 from flex.model.base import load_model, load_tokenizer
-from flex.optim import Sophia, build_optimizer
-from flex.penalty import SpectralPenalty
+from flex.optim import Sophia
 from flex.step import train_step, validation_loss
 
 
@@ -66,12 +66,7 @@ def run(cfg: RunConfig, permuted: bool = False) -> Outcome:
     base = load_model(cfg.model)
     model = add_adapters(base, cfg.lora, cfg.seed, cfg.kernels.impl)
     parameters = adapter_parameters(model)
-    penalty = offsets = None
-    if cfg.penalty.active:
-        penalty = SpectralPenalty.from_model(model, cfg.penalty, impl=cfg.kernels.impl)
-        if cfg.optim.name == "sophia" and cfg.penalty.coupling == "gradient":
-            offsets = penalty.curvature_constants()
-    optimizer = build_optimizer(cfg.optim, parameters, offsets, cfg.kernels.impl)
+    penalty, optimizer = build_update(cfg, model, parameters)
     if permuted:
         assert isinstance(optimizer, Sophia)
         permute_curvature(optimizer, cfg.seed)

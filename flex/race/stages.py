@@ -14,6 +14,7 @@ from typing import Any
 
 from flex.errors import DataError
 from flex.files import write_atomic
+from flex.meters import format_duration
 from flex.race.protocol import (
     BASELINE,
     ENTRANTS,
@@ -203,13 +204,8 @@ def _run(
         say(
             f"{what} {len(plans) - len(left) + done}/{len(plans)} | {entrant} | budget {budget:g} | "
             f"seed {seed} | lr {settings['optim.lr']:.1e} | loss {outcome.loss:.4f} | "
-            f"eta {_minutes(each * (len(left) - done))}"
+            f"eta {format_duration(each * (len(left) - done))}"
         )
-
-
-def _minutes(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m"
 
 
 def best_of(runs: list[Run]) -> list[float]:

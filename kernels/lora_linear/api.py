@@ -154,25 +154,32 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, s_mr, weight, lora_a, lora_b = ctx.saved_tensors
-        need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
-        dy_mn = dy.reshape(-1, dy.shape[-1])
-        x_mk = None if x is None else x.reshape(-1, x.shape[-1])
-        with without_autocast(dy.device.type), named("lora_linear/backward"):
-            _, backward = path(ctx.route)
-            dx, da, db = backward(
-                dy_mn,
-                x_mk,
-                s_mr,
-                weight,
-                lora_a,
-                lora_b,
-                ctx.scale,
-                ctx.dropout_p,
-                ctx.seed,
-                (need_x, need_a, need_b),
-            )
-            dx = None if dx is None else dx.view(ctx.x_shape)
+        dx, da, db = gradients(ctx, dy, x, s_mr, lambda: weight, lora_a, lora_b)
         return dx, None, None, da, db, None, None, None, None
+
+
+def gradients(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor | None,
+    s_mr: Tensor | None,
+    weight: Callable[[], Tensor | None],
+    lora_a: Tensor,
+    lora_b: Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX, dA, dB of a Function whose inputs begin with x, weight, bias, A, B; None where not needed.
+
+    `weight` gives W (N, K), for the time of the call; it may give None if dX is not needed.
+    """
+    need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
+    dy_mn = dy.reshape(-1, dy.shape[-1])
+    x_mk = None if x is None else x.reshape(-1, x.shape[-1])
+    with without_autocast(dy.device.type), named("lora_linear/backward"):
+        _, backward = path(ctx.route)
+        factors = (lora_a, lora_b, ctx.scale, ctx.dropout_p, ctx.seed)
+        needs = (need_x, need_a, need_b)
+        dx, da, db = backward(dy_mn, x_mk, s_mr, weight(), *factors, needs)
+    return None if dx is None else dx.view(ctx.x_shape), da, db
 
 
 def path(route: str) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ranges import named
 from ..runtime import require
-from .api import check, path, resolve, without_autocast
+from .api import check, gradients, path, resolve, without_autocast
 from .packed import dense, packed_shape, packed_tensor
 
 log = logging.getLogger("flex.kernels")
@@ -93,14 +93,9 @@ class _PackedLoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, s_mr, lora_a, lora_b = ctx.saved_tensors
-        need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
-        dy_mn = dy.reshape(-1, dy.shape[-1])
-        x_mk = None if x is None else x.reshape(-1, x.shape[-1])
-        with without_autocast(dy.device.type), named("lora_linear/backward"):
-            w = dense(ctx.weight, dy.dtype) if need_x else None
-            _, backward = path(ctx.route)
-            factors = (lora_a, lora_b, ctx.scale, ctx.dropout_p, ctx.seed)
-            needs = (need_x, need_a, need_b)
-            dx, da, db = backward(dy_mn, x_mk, s_mr, w, *factors, needs)
-            dx = None if dx is None else dx.view(ctx.x_shape)
+
+        def weight() -> Tensor | None:
+            return dense(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
+
+        dx, da, db = gradients(ctx, dy, x, s_mr, weight, lora_a, lora_b)
         return dx, None, None, da, db, None, None, None, None, None

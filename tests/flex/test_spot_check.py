@@ -1,5 +1,6 @@
 """Pass@1 while training: it counts what passes, and changes nothing."""
 
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +35,7 @@ def test_it_counts_the_completions_that_pass_their_tests(monkeypatch):
     monkeypatch.setattr(spot_check, "Generator", Scripted)
     engine = SimpleNamespace(peft_model=tiny_model(), device=torch.device("cpu"))
     cfg = EvalSection(every=1, benchmark="builtin-python", limit=5, max_new_tokens=9)
-    with SpotCheck(cfg, TOKENIZER, rank=0) as check:
+    with closing(SpotCheck(cfg, TOKENIZER, rank=0)) as check:
         assert check.run(engine) == PassRate(passed=3, tasks=5)
     assert engine.peft_model.training
 
