@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# SLOW=1: also the tests that are marked slow. ARGS="-m slow": those alone.
+SLOW ?=
 # Most tests use one core, and a file's tests share what is costly to make.
 WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
 PY := $(VENV)/bin/python
@@ -13,8 +15,8 @@ READY := $(VENV)/.installed
 demo: $(READY)  ## fine-tune a real model on the built-in tasks, two processes
 	$(PY) -m flex demo
 
-test: $(READY)  ## all tests; ARGS="-m 'not slow' tests/flex" selects
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(ARGS)
+test: $(READY)  ## the tests, but those marked slow, which SLOW=1 adds; ARGS="tests/flex -k penalty" selects
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(if $(SLOW),,-m "not slow") $(ARGS)
 
 check: $(VENV)/.checkers  ## format, lint, types, import rules
 	$(PY) -m ruff format --check .

@@ -1,7 +1,10 @@
 """What the compiler made of the Triton kernels, as a table, and against the golden file.
 
     make kernels-report                 the table; differences to tests/golden/kernels.json
-    make kernels-report ARGS=--update   the same, then writes the golden file
+    make kernels-report ARGS=--update   compiles what changed since it was recorded, writes the file
+
+The golden file also holds a digest of what each binary depends on, and Triton's release. While both
+are the same, what is recorded stands; `make test` then compiles only some binaries again.
 
 Compiling needs no GPU. It needs a process in which Triton functions are not interpreted, so the
 work is done in a child with TRITON_INTERPRET=0.
@@ -14,7 +17,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +36,71 @@ class KernelReportError(FlexError):
     """The kernels could not be compiled."""
 
 
-def compiled_resources() -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Golden:
+    """What the golden file records.
+
+    Attributes:
+        triton: the release that compiled; "" if nothing is recorded.
+        resources: by "<name> <target>", fields of `Resources` and perhaps "reason".
+        digests: by the same key, `flex.kernels.compile_digest.digest` of the sources.
+    """
+
+    triton: str
+    resources: dict[str, dict[str, Any]]
+    digests: dict[str, str]
+
+    def stale(self, now: Sources) -> list[str]:
+        """Keys of what has to be compiled anew: changed, new, or by another Triton."""
+        if now.triton != self.triton:
+            return list(now.digests)
+        return [
+            key
+            for key, digest in now.digests.items()
+            if self.digests.get(key) != digest or key not in self.resources
+        ]
+
+    def gone(self, now: Sources) -> list[str]:
+        """Keys of what is recorded and no longer shipped."""
+        return sorted((self.resources.keys() | self.digests.keys()) - now.digests.keys())
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What would be compiled now: Triton's release, and the digest of every binary's sources."""
+
+    triton: str
+    digests: dict[str, str]
+
+
+def current_sources() -> Sources:
+    """The digests of this checkout; nothing is compiled.
+
+    Raises:
+        KernelReportError: they cannot be made.
+    """
+    return Sources(**_child("--digests"))
+
+
+def compiled_resources(keys: Collection[str] | None = None) -> list[dict[str, Any]]:
     """One dict per shipped configuration and target: name, target, problems, and the resources.
+
+    Args:
+        keys: "<name> <target>" of those to compile; None: all.
 
     Raises:
         KernelReportError: a configuration does not compile.
     """
+    rows: list[dict[str, Any]] = _child("--json", None if keys is None else sorted(keys))
+    return rows
+
+
+def _child(flag: str, keys: list[str] | None = None) -> Any:
     done = subprocess.run(
-        [sys.executable, "-m", "flex.kernel_report", "--json"],
+        [sys.executable, "-m", "flex.kernel_report", flag],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         cwd=Path(__file__).resolve().parent.parent,
+        input=json.dumps(keys),
         capture_output=True,
         text=True,
         check=False,
@@ -51,10 +110,10 @@ def compiled_resources() -> list[dict[str, Any]]:
         raise KernelReportError(
             f"a kernel does not compile: {lines[-1] if lines else 'no message'}",
             "what a GPU would run is not known",
-            "run `TRITON_INTERPRET=0 python -m flex.kernel_report --json` for the whole traceback",
+            f"run `TRITON_INTERPRET=0 python -m flex.kernel_report {flag} < /dev/null` for the "
+            "whole traceback",
         )
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
-    return rows
+    return json.loads(done.stdout)
 
 
 def compare_with_golden(
@@ -90,8 +149,6 @@ def compare_with_golden(
         ):
             if row[field] < least:
                 found.append(f"{key}: {field} {row[field]}, recorded {recorded[field]}")
-    present = {f"{row['name']} {row['target']}" for row in rows}
-    found += [f"{key}: recorded, but no longer shipped" for key in golden if key not in present]
     return found
 
 
@@ -120,43 +177,57 @@ def resource_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def read_golden() -> dict[str, dict[str, Any]]:
-    """The recorded resources by "<name> <target>"; empty if there are none yet."""
+def read_golden() -> Golden:
+    """What is recorded; empty if there is nothing yet."""
     if not GOLDEN.exists():
-        return {}
-    recorded: dict[str, dict[str, Any]] = json.loads(GOLDEN.read_text("utf-8"))["resources"]
-    return recorded
+        return Golden("", {}, {})
+    recorded = json.loads(GOLDEN.read_text("utf-8"))
+    return Golden(recorded["triton"], recorded["resources"], recorded.get("digests", {}))
 
 
-def write_golden(rows: Sequence[dict[str, Any]]) -> None:
-    """Record `rows`; reasons that were given by hand stay."""
-    import triton
+def write_golden(rows: Sequence[dict[str, Any]], now: Sources) -> None:
+    """Record `rows`, and keep what is recorded of all other binaries of `now`.
 
-    before = read_golden()
+    Reasons that were given by hand stay.
+    """
+    before = read_golden().resources
+    fresh = {f"{row['name']} {row['target']}": row for row in rows}
     resources = {}
-    for row in rows:
-        key = f"{row['name']} {row['target']}"
+    for key in now.digests:
+        if (row := fresh.get(key)) is None:
+            resources[key] = before[key]
+            continue
         fields = {k: v for k, v in row.items() if isinstance(v, int)}
         reason = before.get(key, {}).get("reason")
         resources[key] = fields | ({"reason": reason} if reason and row["problems"] else {})
-    text = json.dumps({"triton": triton.__version__, "resources": resources}, indent=1)
-    GOLDEN.write_text(text + "\n", "utf-8")
+    recorded = {"triton": now.triton, "resources": resources, "digests": now.digests}
+    GOLDEN.write_text(json.dumps(recorded, indent=1) + "\n", "utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and the differences; status 1 if there are any."""
     parser = argparse.ArgumentParser(prog="python -m flex.kernel_report", description=__doc__)
-    parser.add_argument("--update", action="store_true", help="write the golden file")
+    parser.add_argument("--update", action="store_true", help="record what changed")
     parser.add_argument("--json", action="store_true", help="compile here, print JSON")
+    parser.add_argument("--digests", action="store_true", help="print digests, compile nothing")
     args = parser.parse_args(argv)
-    if args.json:
-        print(json.dumps(_compile_here()))
+    if args.json or args.digests:
+        wanted = json.loads(sys.stdin.read() or "null")
+        print(json.dumps(_digests_here() if args.digests else _compile_here(wanted)))
         return 0
-    rows = compiled_resources()
+    golden, now = read_golden(), current_sources()
+    stale, gone = golden.stale(now), golden.gone(now)
+    if golden.triton and golden.triton != now.triton:
+        print(f"Triton {now.triton} compiles; what is recorded is by {golden.triton}.")
+    rows = compiled_resources(stale if args.update else None)
     Console().print(resource_table(rows), soft_wrap=True)
     if args.update:
-        write_golden(rows)
-    found = compare_with_golden(rows, read_golden())
+        write_golden(rows, now)
+        print(f"compiled anew: {len(rows)} of {len(now.digests)}; no longer shipped: {len(gone)}")
+        stale, gone, golden = [], [], read_golden()
+    found = compare_with_golden(rows, golden.resources)
+    found += [f"{key}: recorded, but no longer shipped" for key in gone]
+    found += [f"{key}: its sources changed since it was recorded" for key in stale]
     configurations = len({row["name"] for row in rows})
     print(f"{configurations} configurations, {len(rows)} binaries, {len(found)} findings")
     print(*found, sep="\n")
@@ -164,14 +235,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if found else 0
 
 
-def _compile_here() -> list[dict[str, Any]]:
+def _compile_here(keys: Collection[str] | None) -> list[dict[str, Any]]:
     from flex.kernels.compiled import compile_all, problems
 
     return [
         {"name": config.name, "target": target, "problems": problems(config, target, found)}
         | found.as_dict()
-        for config, target, found in compile_all()
+        for config, target, found in compile_all(keys)
     ]
+
+
+def _digests_here() -> dict[str, Any]:
+    import triton
+
+    from flex.kernels.compile_digest import digest
+    from flex.kernels.compiled import binaries
+
+    digests = {key: digest(config, target) for key, config, target in binaries()}
+    return {"triton": triton.__version__, "digests": digests}
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -146,13 +147,61 @@ def problems(config: Shipped, target: str, found: Resources) -> list[str]:
     return wrong
 
 
-def compile_all(workers: int = 2) -> Iterator[tuple[Shipped, str, Resources]]:
-    """Every shipped configuration on each of its targets, in order; `workers` processes compile."""
+def binaries() -> Iterator[tuple[str, Shipped, str]]:
+    """Every shipped configuration on each of its targets, in order: "<name> <target>", and both."""
+    for config in _configurations():
+        for target in config.targets:
+            yield f"{config.name} {target}", config, target
+
+
+def representative(recorded: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Binaries that stand for all, in order: of every Triton function one on each target.
+
+    On one target that is the one which takes the most registers, on the others the shortest, which
+    compiles fastest. What is not recorded yet counts as the shortest.
+
+    Args:
+        recorded: resources by "<name> <target>", as fields of `Resources`.
+    """
+
+    def size(key: str, field: str) -> int:
+        return recorded[key][field] if key in recorded else 0
+
+    of_function: dict[str, dict[str, list[str]]] = {}
+    for key, config, target in binaries():
+        function = f"{config.fn.fn.__module__}.{config.fn.fn.__qualname__}"
+        of_function.setdefault(function, {}).setdefault(target, []).append(key)
+    chosen = set()
+    for by_target in of_function.values():
+        everywhere = [key for keys in by_target.values() for key in keys]
+        largest = max(everywhere, key=lambda key: size(key, "registers"))
+        chosen.add(largest)
+        for keys in by_target.values():
+            if largest not in keys:
+                chosen.add(min(keys, key=lambda key: size(key, "instructions")))
+    return [key for key, _, _ in binaries() if key in chosen]
+
+
+def compile_all(
+    keys: Collection[str] | None = None, workers: int | None = None
+) -> Iterator[tuple[Shipped, str, Resources]]:
+    """Every shipped configuration on each of its targets, in order.
+
+    Args:
+        keys: "<name> <target>" of those that are wanted; None: all.
+        workers: processes that compile; None: one per core that this process may use.
+    """
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
     configs = _configurations()
-    jobs = [(i, target) for i, config in enumerate(configs) for target in config.targets]
+    jobs = [
+        (i, target)
+        for i, config in enumerate(configs)
+        for target in config.targets
+        if keys is None or f"{config.name} {target}" in keys
+    ]
+    workers = min(workers or len(os.sched_getaffinity(0)), max(len(jobs), 1))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for (i, target), found in zip(jobs, pool.map(_compile_job, jobs), strict=True):
             yield configs[i], target, found
@@ -172,7 +221,8 @@ def _read_cubin(compiled: Any, target: str) -> Resources:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         usage = _run("cuobjdump", "-res-usage", str(path))
-        code = disassembly.read(_run("nvdisasm", str(path)))
+        # -ndf: no data flow analysis, a fifth of the time, which adds nothing to what is printed
+        code = disassembly.read(_run("nvdisasm", "-ndf", str(path)))
     fields = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     if "REG" not in fields or not code.instructions:
         raise RuntimeError(f"cuobjdump or nvdisasm printed nothing to read for {target}: {usage!r}")
