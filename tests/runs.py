@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -52,21 +54,75 @@ def one_at_a_time() -> FileLock:
     return FileLock(Path(tempfile.gettempdir()) / f"flex-tests-{os.getuid()}.lock")
 
 
-def run(*options: str, **where: object) -> subprocess.CompletedProcess[str]:
-    """Run to the end from the checkout's root; output is captured, the status is the caller's to judge."""
-    with one_at_a_time() if where.get("engine") else contextlib.nullcontext():
-        return subprocess.run(
-            command(*options, **where),  # type: ignore[arg-type]
-            cwd=ROOT,
-            env={**os.environ, "DS_ACCELERATOR": "cpu"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+def run(
+    *options: str, engine: str | None = None, processes: int = 2, launcher: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end from the checkout's root; output is captured, the status is the caller's to judge.
+
+    With `launcher`, DeepSpeed's starts the processes, as a user's would; it imports everything twice before, so
+    else they are started here, with what the launcher would tell them.
+    """
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    if engine is None or launcher:
+        with one_at_a_time() if engine else contextlib.nullcontext():
+            return subprocess.run(
+                command(*options, engine=engine, processes=processes),
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+    settings = f"deepspeed={ROOT / 'ds_configs' / engine}.json"
+    words = [sys.executable, "-u", str(ROOT / "flex/train.py"), settings, *options]
+    port = str(free_port())
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_SIZE": str(processes)}
+    environment |= {"WORLD_SIZE": str(processes)}
+    with one_at_a_time(), tempfile.TemporaryDirectory() as folder:
+        status = _run_ranks(words, environment, processes, Path(folder))
+        assert not list(Path("/dev/shm").glob(f"*_{port}_*")), "shared memory outlives the run"
+        out, err = (
+            "".join(
+                (Path(folder) / f"{rank}.{kind}").read_text("utf-8") for rank in range(processes)
+            )
+            for kind in ("out", "err")
         )
+    return subprocess.CompletedProcess(words, status, out, err)
 
 
-def run_well(*options: str, **where: object) -> str:
+def _run_ranks(words: list[str], environment: dict[str, str], count: int, folder: Path) -> int:
+    """Run `count` processes; the first status that is not 0, after which the others are killed, or 0."""
+    with contextlib.ExitStack() as stack:
+        started = []
+        for rank in range(count):
+            out, err = (
+                stack.enter_context((folder / f"{rank}.{k}").open("w")) for k in ("out", "err")
+            )
+            numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(
+                subprocess.Popen(words, cwd=ROOT, env=environment | numbers, stdout=out, stderr=err)
+            )
+        deadline = time.monotonic() + 300
+        try:
+            while time.monotonic() < deadline:
+                statuses = [process.poll() for process in started]
+                failed = [status for status in statuses if status]
+                if None not in statuses:
+                    return failed[0] if failed else 0
+                if failed:  # the others may have more to say, or wait for it for ever
+                    deadline = min(deadline, time.monotonic() + 5)
+                time.sleep(0.1)
+            if failed:
+                return failed[0]
+            raise subprocess.TimeoutExpired(words, 300)
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+
+
+def run_well(*options: str, **where: Any) -> str:
     """`run`, which must succeed; returns stdout."""
     done = run(*options, **where)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"

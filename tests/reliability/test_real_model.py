@@ -5,8 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from flex.metrics_file import read_metrics
 from tests.runs import ROOT, command, one_at_a_time
 
@@ -43,7 +41,6 @@ print(json.dumps([(unmerged - before).abs().max().item(), (whole - unmerged).abs
 """
 
 
-@pytest.mark.slow
 def test_from_the_launcher_to_plain_transformers(tmp_path):
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     environment.pop("OMP_NUM_THREADS")  # the trainer shares the cores out itself

@@ -90,7 +90,15 @@ def assert_same_end(folder, uncut):
     assert (folder / exported).read_bytes() == (uncut / exported).read_bytes()
 
 
-@pytest.mark.parametrize("step", range(1, STEPS))
+# refreshes come before updates 1, 4, 7 and 10: quick are the cuts right before and right after one,
+# and one between that is also an evaluation's step
+QUICK = {6, 7, 8}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in range(1, STEPS)],
+)
 def test_bit_equal_after_a_cut_at_any_step(uncut, tmp_path, step):
     cut_after(uncut, tmp_path, step)
     run_well(*options(tmp_path))
@@ -109,7 +117,7 @@ def wait_for_step(process, folder, step):
 @pytest.mark.parametrize(("engine", "number"), [(None, signal.SIGKILL), ("zero3", signal.SIGTERM)])
 def test_bit_equal_after_a_signal(uncut, tmp_path, engine, number):
     shutil.copy(uncut / "rows.jsonl", tmp_path)
-    slow = (*options(tmp_path), "train.log_every=1")
+    all_lines = (*options(tmp_path), "train.log_every=1")
     where = {"engine": engine}
     if engine is not None:  # its own reference: sums over processes round differently
         uncut = tmp_path / "reference"
@@ -119,7 +127,7 @@ def test_bit_equal_after_a_signal(uncut, tmp_path, engine, number):
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     with one_at_a_time() if engine else contextlib.nullcontext():
         process = subprocess.Popen(
-            command(*slow, **where),
+            command(*all_lines, **where),
             cwd=ROOT,
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -137,7 +145,7 @@ def test_bit_equal_after_a_signal(uncut, tmp_path, engine, number):
                 os.killpg(process.pid, signal.SIGKILL)
     assert took < 10
     assert not (tmp_path / "run/finished.json").exists()
-    run_well(*slow, **where)
+    run_well(*all_lines, **where)
     assert_same_end(tmp_path, uncut)
 
 
@@ -150,6 +158,7 @@ def test_a_finished_run_is_left_alone(uncut):
     }
 
 
+@pytest.mark.slow
 def test_a_run_goes_through_engines_and_world_sizes(tmp_path):
     """Two processes under ZeRO-2, one, two under ZeRO-3, one: as if it had been one all along.
 

@@ -8,7 +8,7 @@ import torch
 from tests.runs import TINY, checkpoint, losses, run_well, write_rows
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize("engine", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_a_warm_up_changes_no_bit_under_zero(tmp_path: Path, engine: str) -> None:
     rows = write_rows(tmp_path / "rows.jsonl")
     options = (*TINY, f"dir={tmp_path}", f"data.path={rows}", "train.steps=3", "train.batch_size=8")
