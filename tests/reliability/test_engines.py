@@ -1,8 +1,8 @@
 """One run on every engine: plain PyTorch and ZeRO 0-3 agree, and what comes out is the same adapter.
 
 A run of two processes imports everything twice and takes half a minute of a core. Quick: every
-engine with Sophia, whose state is compared too. Slow: the same with AdamW, started
-by DeepSpeed's launcher, and the variants.
+engine with Sophia, whose state is compared too. Slow: the same with AdamW, started by DeepSpeed's
+launcher, and the variants.
 """
 
 import functools
