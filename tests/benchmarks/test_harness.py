@@ -159,7 +159,7 @@ def test_the_median_and_samples_that_are_none():
             statistics.median(samples)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 3, 9])  # with 3 and 9 some come after the last of ours
 def test_every_variant_runs_once_a_round_in_changing_order(monkeypatch, seed):
     monkeypatch.setattr(timing, "SEED", seed)
     order = []
