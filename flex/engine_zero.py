@@ -128,6 +128,8 @@ class ZeroEngine(Engine):
         self.engine, self._wrapped, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config
         )
+        if self.stage == 3:
+            _name_what_layers_read(model)
         self.model = self.engine
         self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         self._stage0_norm = 0.0
@@ -271,6 +273,22 @@ class ZeroEngine(Engine):
         if self.stage > 0:
             del self._flats
         super().close()
+
+
+def _name_what_layers_read(model: nn.Module) -> None:
+    """Tell ZeRO-3 that a fused layer's forward reads its sub-modules' parameters.
+
+    DeepSpeed finds that out by itself, but only in calls of the engine. A sample before the first step calls the
+    model inside it, and would find empty weights.
+    """
+    from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+
+    from .model.adapters import FusedLora
+
+    for layer in model.modules():
+        if isinstance(layer, FusedLora):
+            for p in layer.parameters():
+                register_external_parameter(layer, p)
 
 
 def allocate_state(optimizer: torch.optim.Optimizer, p: Tensor) -> None:

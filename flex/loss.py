@@ -21,8 +21,8 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Ten
     """scale * summed cross-entropy in nats, a 0-dim fp32 tensor (fp64 for fp64 logits).
 
     Args:
-        logits: (n, V), any float dtype; widened to fp32 before anything is computed.
-        labels: (n,) int64, each in [0, V).
+        logits: (m, V), any float dtype; widened to fp32 before anything is computed.
+        labels: (n,) int64, each in [0, V), n <= m; rows after the first n bear no loss.
         scale: of the loss, such as 1 / number of targets. Here, not behind: then the gradient,
             scale * (softmax(logits) - onehot(labels)), is rounded to the logits' dtype once.
 
@@ -59,7 +59,12 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor, scale: float) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        total = loss_and_gradient(logits, labels, scale, grad)
+        bear = len(labels)
+        total = loss_and_gradient(
+            logits[:bear], labels, scale, None if grad is None else grad[:bear]
+        )
+        if grad is not None:
+            grad[bear:].zero_()
         ctx.save_for_backward(grad)
         return (total * scale).to(wide)
 

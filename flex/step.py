@@ -12,6 +12,7 @@ from . import loss_head
 from .loss import cross_entropy_sum
 from .optim import CurvatureStats, learning_rate, sample_labels
 from .optim.curvature import uniform_draws
+from .padding import pad_columns, pad_packed
 from .processes import all_reduce
 from .ranges import named
 from .state import IGNORE, Batch, StepReport
@@ -28,12 +29,19 @@ def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Returns: (n, V) logits in the model's dtype and (n,) int64 labels, documents in the batch's order.
     """
+    logits, labels = _logits_and_labels(model, batch)
+    return logits[: len(labels)], labels
+
+
+def _logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(m, V) logits and (n,) labels of the first n <= m of them: to cut the rest off costs their gradient a copy."""
     keep, columns = target_positions(batch)
+    labels = batch.labels[:, columns][keep]
+    if batch.cu_seqlens is not None and batch.input_ids.device.type == "cpu" and len(labels):
+        logits = forward_at(model, batch, pad_columns(columns))
+        return logits.flatten(0, 1), labels
     logits = forward_at(model, batch, columns)
-    labels = batch.labels[:, columns]
-    if keep.all():
-        return logits.flatten(0, 1), labels.flatten()
-    return logits[keep], labels[keep]
+    return (logits.flatten(0, 1) if keep.all() else logits[keep]), labels
 
 
 def target_positions(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -47,6 +55,8 @@ def target_positions(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def forward_at(model: nn.Module, batch: Batch, columns: Tensor) -> Tensor:
     """What the model returns as logits of these columns: (rows, columns, V)."""
+    if batch.cu_seqlens is not None and batch.input_ids.device.type == "cpu":
+        batch = pad_packed(batch)
     layout = (
         {"attention_mask": batch.attention_mask}
         if batch.cu_seqlens is None
@@ -79,9 +89,9 @@ def target_loss(
         with head.asked(loss_head.Request(keep, labels, draws, scale)):
             output = forward_at(model, batch, columns)
         return loss_head.loss_of(head, output)
-    logits, labels = target_logits(model, batch)
+    logits, labels = _logits_and_labels(model, batch)
     if draws is not None:
-        labels = sample_labels(logits.detach(), draws)
+        labels = sample_labels(logits.detach()[: len(labels)], draws)
     return cross_entropy_sum(logits, labels, scale)
 
 

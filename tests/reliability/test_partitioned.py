@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from tests.runs import ROOT, free_port, one_at_a_time
+from tests.runs import ROOT, TINY, free_port, one_at_a_time, run, write_rows
 from tests.tiny import tiny_model
 
 SCRIPT = """
@@ -77,3 +77,13 @@ def test_two_processes_hold_the_halves_of_the_file(tmp_path):
         for process in started:
             out, err = process.communicate(timeout=200)
             assert process.returncode == 0 and "as the file says" in out, err
+
+
+def test_a_sample_is_printed_before_the_first_step(tmp_path):
+    """It calls the model inside the engine, while every weight is in parts."""
+    options = [o for o in TINY if not o.startswith("train.sample_prompt")]
+    rows = write_rows(tmp_path / "rows.jsonl", 8)
+    options += [f"data.path={rows}", f"dir={tmp_path}", "train.steps=1", "train.batch_size=4"]
+    done = run(*options, engine="zero3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "before" in done.stdout and "after" in done.stdout
