@@ -42,7 +42,7 @@ def floors(found: Profiled, cfg: RunConfig) -> dict[str, Work]:
     Penalty: weights in, gradient in and out. Optimizer: 24 bytes a parameter (Sophia), 28 (AdamW).
     """
     from flex.model.base import resolve
-    from flex.model.shapes import shape_config
+    from flex.model.presets import shape_config
 
     name = resolve(cfg.model)
     if name.startswith("shape:"):
