@@ -37,6 +37,7 @@ RANGES = (
     (re.compile(r"Attention|scaled_dot_product"), "attention"),
     (re.compile(r"CrossEntropy|BlockLoss|cross_entropy"), "loss and LM head"),
     (re.compile(r"lora_linear|_LoraLinear|_Siblings"), "LoRA"),
+    (re.compile(r"_RmsNorm|_SwiGlu"), "norms and pointwise"),
 )
 POINTWISE = re.compile(
     r"aten::(mul|add|sub|neg|silu|silu_backward|pow|rsqrt|mean|sum|cat|copy|_to_copy|to|div|cos|sin|fill|clone|"
