@@ -51,6 +51,8 @@ setup(
             "pytest-xdist>=3.6",
             "scipy>=1.15",
         ],
+        # what the benchmarks measure against; a peer that is missing is a row "not installed"
+        "bench": ["pytorch_optimizer>=3.5", "sophia-opt>=0.2", "trl>=1.0"],
         "gpu": ["liger-kernel>=0.6"],
         "track": ["mlflow", "tensorboard", "trackio", "wandb"],
         "dev": ["mypy>=1.15", "ruff>=0.12", "types-PyYAML"],
