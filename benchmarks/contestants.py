@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -102,11 +103,10 @@ class Run:
 
 
 def losses_apart(ours: Sequence[float], other: Sequence[float]) -> float:
-    """Largest difference of two runs' step losses as a share of ours; inf if there is not one for each step."""
-    if len(ours) != len(other) or not ours:
-        return float("inf")
-    apart = max(abs(a - b) / a for a, b in zip(ours, other, strict=True))
-    return apart if apart == apart else float("inf")
+    """Largest difference of two runs' step losses as a share of ours; inf unless each step has a finite one."""
+    if len(ours) != len(other) or not ours or not all(map(math.isfinite, (*ours, *other))):
+        return math.inf
+    return max(abs(a - b) / a for a, b in zip(ours, other, strict=True))
 
 
 def missing(setup: Setup, job: Job) -> str | None:

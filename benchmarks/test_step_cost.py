@@ -90,11 +90,3 @@ def test_how_the_cost_grows(bench: Bench, axis):
             dtype="bf16",
             settings={"ours": f"x = {fitted}"},
         )
-
-
-def test_floors_count_what_a_step_must_do():
-    """The frozen products of one layer, by hand, against the profiler's shapes."""
-    flops = step_profile.product_flops("aten::addmm_", [[7, 5], [7, 3], [3, 5]])
-    assert flops == 2 * 7 * 3 * 5
-    assert step_profile.product_flops("aten::bmm", [[4, 7, 3], [4, 3, 5]]) == 4 * 2 * 7 * 3 * 5
-    assert step_profile.product_flops("aten::mul", [[7, 3], [3, 5]]) == 0
