@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--tiny", action="store_true", help="small shapes: tries the code, times mean nothing"
     )
-    group.addoption("--seconds", type=float, default=15.0, help="to measure a figure for (15)")
+    group.addoption("--seconds", type=float, default=10.0, help="to measure a figure for (10)")
     group.addoption("--threads", type=int, help="of torch; default: all cores that may be used")
     results = Path(__file__).with_name("results")
     group.addoption(

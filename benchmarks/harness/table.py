@@ -12,7 +12,7 @@ from benchmarks.harness.figure import MEASURED, OURS, Figure, peers
 from benchmarks.harness.machine import describe
 from benchmarks.harness.session import Session
 
-WIDTH = 190  # lines are not folded: they can be searched
+WIDTH = 400  # beyond any row: none is folded or cut, so that they can be searched
 COLUMNS = (
     "figure",
     "shape",
