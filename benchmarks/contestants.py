@@ -128,7 +128,10 @@ def run_flex(setup: Setup, job: Job) -> Run:
     # One step more than is timed: the last one's record comes after a validation.
     options = [f"train.steps={job.steps + 2}", f"train.batch_size={BATCH}", "train.eval_every=0"]
     options += ["train.save_every=0", "train.sample_prompt=false", f"model.name={job.model}"]
-    options += [*SAME_UPDATE, *job.data, *setup.options]
+    # a set-up's own options win: FLeX refuses one that is given twice
+    own = {option.partition("=")[0] for option in setup.options}
+    options += [o for o in (*SAME_UPDATE, *job.data) if o.partition("=")[0] not in own]
+    options += setup.options
     with tempfile.TemporaryDirectory() as folder:
         options += [f"dir={folder}", "name=run"]
         if setup.processes == 1:
