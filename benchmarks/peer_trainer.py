@@ -1,39 +1,26 @@
-"""The peer of the throughput benchmark: PEFT and the Hugging Face Trainer, nothing of FLeX's training code.
+"""A peer of the throughput contest: PEFT and the Hugging Face Trainer.
 
-One process, one variant; prints one JSON line of step times. The examples (token ids and labels) come from a
-file that the benchmark writes, so that both sides train on the same tokens.
-
-Variants: `adapters` fp32 (PEFT's default) or bf16; `layout` grouped (the Trainer's length grouping), random or
-flat (padding-free: DataCollatorWithFlattening); `compile` torch.compile through the Trainer.
+One process (or one of a torchrun group), one set-up; prints one JSON line. `--adapters` fp32 (PEFT's default) or bf16;
+`--layout` padded or flat (padding-free: DataCollatorWithFlattening); `--compile` torch.compile through the Trainer.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
+import peer_common as common
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorWithFlattening,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 
 class Clock(TrainerCallback):
-    """Wall time between the ends of optimizer steps: data loading, logging and all."""
+    """Wall time between the ends of optimizer steps, data loading and logging and all; and the logged losses."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.losses: list[float] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.ends.append(time.perf_counter())
@@ -41,17 +28,33 @@ class Clock(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.ends.append(time.perf_counter())
 
+    def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+    def seconds(self) -> list[float]:
+        return [b - a for a, b in zip(self.ends[:-1], self.ends[1:], strict=True)]
+
 
 class Counting:
-    """A collator that notes how many tokens bear loss in each batch it makes."""
+    """A collator that notes how many tokens bear loss, and how many there are, in each batch it makes."""
 
     def __init__(self, inner: Any) -> None:
         self.inner, self.targets, self.positions = inner, [], []
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        self.targets.append(sum(sum(t != -100 for t in row["labels"][1:]) for row in rows))
+        self.targets.append(sum(documents_targets(row) for row in rows))
         self.positions.append(sum(len(row["input_ids"]) for row in rows))
         return self.inner(rows)
+
+
+def documents_targets(row: dict[str, Any]) -> int:
+    """Tokens that bear loss: no label before the first token of a document counts."""
+    start, count = 0, 0
+    for length in row.get("seq_lengths", [len(row["labels"])]):
+        count += sum(t != common.IGNORE for t in row["labels"][start + 1 : start + length])
+        start += length
+    return count
 
 
 class Padding:
@@ -70,76 +73,58 @@ class Padding:
         mask = [row + [0] * (longest - len(row)) for row in mask]
         return {
             "input_ids": padded("input_ids", self.pad_id),
-            "labels": padded("labels", -100),
+            "labels": padded("labels", common.IGNORE),
             "attention_mask": torch.tensor(mask),
         }
 
 
+def settings(args: Any, folder: str) -> dict[str, Any]:
+    """What TrainingArguments and its subclasses are given."""
+    return {
+        "output_dir": folder,
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.batch,
+        "gradient_accumulation_steps": args.accumulation,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": args.lr,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "optim": "adamw_torch_fused",
+        "max_grad_norm": 1.0,
+        "use_cpu": not torch.cuda.is_available(),
+        "torch_compile": args.compile,
+        "ddp_backend": None if torch.cuda.is_available() or common.WORLD == 1 else "gloo",
+        "ddp_find_unused_parameters": False,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--examples", required=True, type=Path)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--accumulation", type=int, default=1)
+    parser = common.arguments(__doc__)
     parser.add_argument("--adapters", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--layout", choices=("grouped", "random", "flat"), default="grouped")
-    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--layout", choices=("padded", "flat"), default="padded")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    rows = [json.loads(line) for line in args.examples.read_text().splitlines()]
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=torch.bfloat16, attn_implementation=args.attention
-    )
-    model.config.use_cache = False
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=8,
-        lora_alpha=16,
-        lora_dropout=0.05,
-        target_modules=["gate_proj", "up_proj", "down_proj"],
-    )
-    model = get_peft_model(model, lora, autocast_adapter_dtype=args.adapters == "fp32")
+    rows = common.read_rows(args)
+    model = common.lora_model(args, args.adapters == "fp32")
     inner = DataCollatorWithFlattening() if args.layout == "flat" else Padding(pad_id=0)
     collator, clock = Counting(inner), Clock()
     with tempfile.TemporaryDirectory() as folder:
-        settings = TrainingArguments(
-            output_dir=folder,
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch,
-            gradient_accumulation_steps=args.accumulation,
-            train_sampling_strategy="group_by_length" if args.layout == "grouped" else "random",
-            learning_rate=2e-4,
-            optim="adamw_torch_fused",
-            max_grad_norm=1.0,
-            use_cpu=not torch.cuda.is_available(),
-            torch_compile=args.compile,
-            ddp_backend=None if torch.cuda.is_available() or alone else "gloo",
-            ddp_find_unused_parameters=False,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
         trainer = Trainer(
-            model, settings, data_collator=collator, train_dataset=rows, callbacks=[clock]
+            model,
+            TrainingArguments(**settings(args, folder)),
+            data_collator=collator,
+            train_dataset=rows,
+            callbacks=[clock],
         )
         trainer.train()
-    seconds = [b - a for a, b in zip(clock.ends[:-1], clock.ends[1:], strict=True)]
-
-    def per_step(counts: list[int]) -> list[int]:
-        size, count = args.accumulation, len(seconds)
-        return [sum(counts[i * size : (i + 1) * size]) for i in range(count)]
-
-    record = {
-        "seconds": seconds,
-        "targets": per_step(collator.targets),
-        "positions": per_step(collator.positions),
-    }
-    print(json.dumps(record))
+    seconds = clock.seconds()
+    counts = (collator.targets, collator.positions)
+    targets, positions = (common.per_step(c, args.accumulation, len(seconds)) for c in counts)
+    common.print_record(seconds, targets, positions, clock.losses)
 
 
 if __name__ == "__main__":

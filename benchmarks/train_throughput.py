@@ -1,17 +1,14 @@
-"""Tokens per second of whole training runs: FLeX against PEFT + the Hugging Face Trainer.
+"""Tokens per second, memory and losses of whole training runs: FLeX against peers, each as fast as its options allow.
 
     python benchmarks/train_throughput.py --mbpp mbpp.jsonl
 
-MBPP's training rows, SmolLM2-135M with a bf16 base, LoRA rank 8 on gate/up/down with dropout 0.05, 16 examples a
-step, the same token ids and labels on both sides. Each contestant is tried in several set-ups, each in processes of
-its own; the fastest of each side then run once more, in turns. A step's time is wall time from the end of the step
-before, so data, logging and the optimizer count. The first step warms up and does not.
+SmolLM2-135M with a bf16 base, LoRA rank 8 on gate/up/down with dropout 0.05, 16 examples a step, the same in each
+step on all sides (`contestants.py`). Each contestant is tried in several set-ups; the fastest of each side then run
+`--rounds` times more, in turns. A step's time is wall time from the end of the step before, so data, logging and the
+optimizer count. The first step warms up and does not.
 
-What both sides share: fp32 adapters over a bf16 base, AdamW (torch's fused one), clipping at 1. The peer's bf16
-adapters are a faster set-up with other numbers (updates round away), so they are shown and do not compete.
-
-Two ratios come out. Against the peer that takes each process's examples in one pass, as FLeX does; and against the
-fastest peer there is, which splits them into micro-batches: sorted by length these pad less and fit the caches.
+Numerics: fp32 adapters over a bf16 base, in the hand-written loop also bf16 adapters with fp32 copies, which rounds
+as FLeX does. bf16 adapters alone are faster with other numbers (small updates round away): shown, not competing.
 """
 
 from __future__ import annotations
@@ -20,248 +17,200 @@ import argparse
 import json
 import os
 import platform
-import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent)]
 
-RECIPE = "flex/recipes/mbpp-smollm2.yaml"
-ADAMW = ("optim.name=adamw", "penalty.preset=off")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """One way to run one side. `competes`: same numerics, so its speed may be compared."""
-
-    name: str
-    side: str  # flex or peer
-    processes: int
-    options: tuple[str, ...]
-    accumulation: int = 1
-    competes: bool = True
-
+from contestants import (  # noqa: E402
+    LOSS_LIMIT,
+    Job,
+    Run,
+    Setup,
+    losses_apart,
+    make_job,
+    measure,
+    missing,
+)
 
 EAGER, SDPA = "--attention=eager", "--attention=sdpa"
+MASTER, BF16 = "--adapters=master", "--adapters=bf16"
+SOPHIA = ("optim.name=sophia", "penalty.preset=flex")
+TITLES = {
+    "flex": "FLeX",
+    "trainer": "PEFT + Trainer",
+    "trl": "TRL, packing",
+    "loop": "hand-written loop",
+}
 SETUPS = (
-    Setup("FLeX, AdamW, 1 process", "flex", 1, ADAMW),
-    Setup("FLeX, AdamW, ZeRO-0, 2 processes", "flex", 2, ADAMW),
-    Setup("FLeX, Sophia + penalty, ZeRO-0, 2 processes", "flex", 2, (), competes=False),
-    Setup("PEFT + Trainer, sdpa, 1 process, 16", "peer", 1, (SDPA,)),
-    Setup("PEFT + Trainer, eager, DDP, 2 x 8", "peer", 2, (EAGER,)),
-    Setup("PEFT + Trainer, eager, DDP, 2 x 2 x 4", "peer", 2, (EAGER,), 2),
-    Setup("PEFT + Trainer, sdpa, DDP, 2 x 2 x 4", "peer", 2, (SDPA,), 2),
-    Setup(
-        "PEFT + Trainer, eager, DDP, 2 x 2 x 4, bf16 adapters",
-        "peer",
-        2,
-        (EAGER, "--adapters=bf16"),
-        2,
-        competes=False,
-    ),
+    Setup("FLeX, 1 process", "flex", 1),
+    Setup("FLeX, ZeRO-0, 2 processes", "flex", 2),
+    Setup("FLeX, 1 process, 4 micro-batches", "flex", 1, ("train.accumulation=4",), 4),
+    Setup("FLeX, ZeRO-0, 2 processes, 2 micro-batches", "flex", 2, ("train.accumulation=2",), 2),
+    Setup("FLeX, Sophia + penalty, ZeRO-0, 2 processes", "flex", 2, SOPHIA, competes=False),
+    Setup("PEFT + Trainer, sdpa, 16", "trainer", 1, (SDPA,)),
+    Setup("PEFT + Trainer, eager, 4 x 4", "trainer", 1, (EAGER,), 4),
+    Setup("PEFT + Trainer, eager, DDP, 2 x 2 x 4", "trainer", 2, (EAGER,), 2),
+    Setup("PEFT + Trainer, sdpa, DDP, 2 x 2 x 4", "trainer", 2, (SDPA,), 2),
+    Setup("PEFT + Trainer, bf16 adapters", "trainer", 2, (EAGER, BF16), 2, competes=False),
+    Setup("TRL, packing, sdpa, 16", "trl", 1, (SDPA,)),
+    Setup("TRL, packing, sdpa, 4 x 4", "trl", 1, (SDPA,), 4),
+    Setup("TRL, packing, eager, 4 x 4", "trl", 1, (EAGER,), 4),
+    Setup("TRL, packing, sdpa, DDP, 2 x 4 x 2", "trl", 2, (SDPA,), 4),
+    Setup("TRL, packing, bf16 adapters", "trl", 2, (SDPA, BF16), 4, competes=False),
+    Setup("loop, sdpa, 16", "loop", 1, (SDPA, MASTER)),
+    Setup("loop, sdpa, 4 x 4", "loop", 1, (SDPA, MASTER), 4),
+    Setup("loop, eager, 4 x 4", "loop", 1, (EAGER, MASTER), 4),
+    Setup("loop, sdpa, 2 processes, 2 x 2 x 4", "loop", 2, (SDPA, MASTER), 2),
+    Setup("loop, eager, 2 processes, 2 x 2 x 4", "loop", 2, (EAGER, MASTER), 2),
+    Setup("loop, eager, 4 x 4, all logits", "loop", 1, (EAGER, MASTER, "--logits=all"), 4),
+    Setup("loop, eager, 4 x 4, torch.compile", "loop", 1, (EAGER, MASTER, "--compile"), 4),
+    Setup("loop, eager, 4 x 4, fp32 adapters", "loop", 1, (EAGER, "--adapters=fp32"), 4),
+)
+# What the fast set runs: the best known of each side on two cores.
+FAST = (
+    "FLeX, ZeRO-0, 2 processes",
+    "PEFT + Trainer, eager, DDP, 2 x 2 x 4",
+    "TRL, packing, sdpa, DDP, 2 x 4 x 2",
+    "loop, eager, 2 processes, 2 x 2 x 4",
+)
+# ours / peer: seconds a token
+AIMS = {"trainer": 1 / 3, "trl": 1 / 3, "loop": 1 / 1.6}
+MEMORY_AIM = 0.6
+
+
+def fast_setups() -> list[Setup]:
+    return [s for s in SETUPS if s.name in FAST]
+
+
+def search(job: Job, rounds: int, setups: Sequence[Setup] = SETUPS) -> Iterator[Run | str]:
+    """Every set-up once, then the fastest of each side `rounds` times in turns. Words for those that cannot run."""
+    found: list[Run] = []
+    for setup in setups:
+        why = missing(setup, job)
+        if why is None:
+            try:
+                found.append(measure(setup, job))
+            except RuntimeError as error:
+                yield f"{setup.name}: failed: {str(error).splitlines()[-1]}"
+                continue
+            yield found[-1]
+        else:
+            yield f"{setup.name}: {why}"
+    finalists = fastest(found, setups)
+    for _ in range(rounds):
+        for setup in finalists.values():
+            found.append(measure(setup, job))
+            yield found[-1]
+
+
+def fastest(found: Sequence[Run], setups: Sequence[Setup] = SETUPS) -> dict[str, Setup]:
+    """By side: of the set-ups that compete and whose losses are FLeX's, the one with most tokens a second."""
+    speed = {run.setup: run.targets_per_second for run in reversed(found)}
+    comparable = {run.setup for run in found if apart(run, found, setups) <= LOSS_LIMIT}
+    best: dict[str, Setup] = {}
+    for setup in setups:
+        if not setup.competes or setup.name not in comparable:
+            continue
+        before = best.get(setup.side)
+        if before is None or speed[setup.name] > speed[before.name]:
+            best[setup.side] = setup
+    return best
+
+
+def apart(run: Run, found: Sequence[Run], setups: Sequence[Setup] = SETUPS) -> float:
+    """How far the losses of a run are from those of the first FLeX run that competes."""
+    ours = {s.name for s in setups if s.side == "flex" and s.competes}
+    reference = next((r for r in found if r.setup in ours), None)
+    return float("inf") if reference is None else losses_apart(reference.losses, run.losses)
+
+
+def ratios(found: Sequence[Run]) -> dict[str, tuple[float, float]]:
+    """By side of the peers: (FLeX's tokens a second / the peer's, FLeX's peak memory / the peer's), means of runs."""
+    best = fastest(found)
+    if "flex" not in best:
+        return {}
+
+    def mean(side: str, key: str) -> float:
+        values = [getattr(r, key) for r in found if r.setup == best[side].name]
+        return sum(values) / len(values)
+
+    return {
+        side: (
+            mean("flex", "targets_per_second") / mean(side, "targets_per_second"),
+            mean("flex", "peak_bytes") / mean(side, "peak_bytes"),
+        )
+        for side in best
+        if side != "flex"
+    }
+
+
+def verdict(found: Sequence[Run]) -> str:
+    best = fastest(found)
+    lines = [
+        f"{speed:.2f} x the tokens per second, {memory:.2f} x the peak memory: "
+        f"{best['flex'].name} / {best[side].name} ({best[side].settings})"
+        for side, (speed, memory) in ratios(found).items()
+    ]
+    return "\n".join([*lines, *(f"{s}: no comparable run" for s in TITLES if s not in best)])
+
+
+def record(found: Sequence[Run], job: Job) -> str:
+    """What is kept of a contest, as JSON."""
+    kept = {
+        "ratios": {side: {"speed": s, "memory": m} for side, (s, m) in ratios(found).items()},
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "data": job.data,
+        "steps": job.steps,
+        "runs": [{**asdict(run), "losses_apart": apart(run, found)} for run in found],
+    }
+    return json.dumps(kept, indent=1) + "\n"
+
+
+HEADER = (
+    f"{'set-up':46s} {'target/s':>8s} {'pos/s':>8s} {'s/step':>7s} {'peak GB':>7s} {'losses':>8s}"
 )
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Rates over the timed steps of one run."""
-
-    setup: str
-    targets_per_second: float
-    positions_per_second: float
-    seconds_per_step: float
-    positions_per_step: float
-
-
-def measure(setup: Setup, examples: Path, mbpp: Path | None, steps: int) -> Measurement:
-    """Run a set-up once for 1 + `steps` steps."""
-    run = run_flex if setup.side == "flex" else run_peer
-    seconds, targets, positions = run(setup, examples, mbpp, steps)
-    total = sum(seconds)
-    return Measurement(
-        setup.name,
-        sum(targets) / total,
-        sum(positions) / total,
-        total / len(seconds),
-        sum(positions) / len(seconds),
-    )
-
-
-def run_flex(
-    setup: Setup, examples: Path, mbpp: Path | None, steps: int
-) -> tuple[list[float], list[int], list[int]]:
-    """Seconds, target tokens and positions of each timed step of `flex train`."""
-    from flex.metrics_file import read_metrics
-
-    # One step more than is timed: the last one's record comes after a validation.
-    options = [f"train.steps={steps + 2}", "train.eval_every=0", "train.save_every=0"]
-    options += ["train.sample_prompt=false", *setup.options]
-    options += [f"data.path={mbpp}"] if mbpp else []
-    with tempfile.TemporaryDirectory() as folder:
-        options += [f"dir={folder}", "name=run"]
-        if setup.processes == 1:
-            command = [sys.executable, "-m", "flex", "train", "--config", RECIPE, *options]
-        else:
-            command = [sys.executable, str(Path(sys.executable).with_name("deepspeed"))]
-            command += ["--num_accelerators", str(setup.processes), "flex/train.py"]
-            command += ["--config", RECIPE, "deepspeed=ds_configs/zero0.json", *options]
-        call(command, threads=None)
-        records = [r for r in read_metrics(Path(folder) / "run/metrics.jsonl") if "loss" in r]
-    ends = [r["elapsed_seconds"] for r in records[:-1]]
-    seconds = [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
-    timed = records[1:-1]
-    return seconds, [r["tokens"] for r in timed], [r["positions"] for r in timed]
-
-
-def run_peer(
-    setup: Setup, examples: Path, mbpp: Path | None, steps: int
-) -> tuple[list[float], list[int], list[int]]:
-    """The same of `peer_trainer.py`."""
-    from flex.config import ModelConfig
-    from flex.model.base import resolve
-
-    batch = 16 // setup.processes // setup.accumulation
-    arguments = ["--model", resolve(ModelConfig()), "--examples", str(examples)]
-    arguments += ["--steps", str(steps + 1), "--batch", str(batch)]
-    arguments += ["--accumulation", str(setup.accumulation), *setup.options]
-    script = str(ROOT / "benchmarks/peer_trainer.py")
-    if setup.processes == 1:
-        command = [sys.executable, script, *arguments]
-    else:
-        launcher = [sys.executable, "-m", "torch.distributed.run"]
-        command = [*launcher, "--standalone", "--nproc_per_node", str(setup.processes), script]
-        command += arguments
-    cores = len(os.sched_getaffinity(0))
-    output = call(command, threads=max(1, cores // setup.processes))
-    # Found, not split by lines: the processes' and transformers' own output may share one.
-    records = [json.loads(found) for found in re.findall(r'\{"seconds".*?\}', output)]
-    assert len(records) == setup.processes, output
-    targets, positions = (
-        [sum(column) for column in zip(*(r[key] for r in records), strict=True)][1:]
-        for key in ("targets", "positions")
-    )
-    return records[0]["seconds"][1:], targets, positions
-
-
-def call(command: list[str], threads: int | None) -> str:
-    """Run from the checkout's root, one at a time; returns stdout."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment.pop("OMP_NUM_THREADS", None)
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"exit status {done.returncode}: {' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        )
-    return done.stdout
-
-
-def write_examples(path: Path, mbpp: Path | None) -> None:
-    """The recipe's training examples as the peer's Trainer takes them: unshifted labels."""
-    from flex.config_io import load_config
-    from flex.data.loader import load_data
-    from flex.model.base import load_tokenizer
-
-    cfg = load_config(str(ROOT / RECIPE), [f"data.path={mbpp}"] if mbpp else [])
-    examples = load_data(cfg, load_tokenizer(cfg.model)).train
-    with path.open("w") as file:
-        for example in examples:
-            labels = [-100, *example.labels.tolist()[:-1]]
-            row = {"input_ids": example.input_ids.tolist(), "labels": labels}
-            file.write(json.dumps(row) + "\n")
-
-
-def contest(mbpp: Path | None, steps: int) -> Iterator[Measurement]:
-    """Every set-up once, then again, in turns, those that the ratios are of."""
-    with tempfile.TemporaryDirectory() as folder:
-        examples = Path(folder) / "examples.jsonl"
-        write_examples(examples, mbpp)
-        found = []
-        for setup in SETUPS:
-            found.append(measure(setup, examples, mbpp, steps))
-            yield found[-1]
-        ours, peer, micro = finalists(found)
-        for setup in (ours, peer, *([micro] if micro != peer else [])):
-            yield measure(setup, examples, mbpp, steps)
-
-
-def finalists(found: list[Measurement]) -> tuple[Setup, Setup, Setup]:
-    """The fastest that compete: of FLeX, of the peers without micro-batches, of all peers."""
-    speed = {m.setup: m.targets_per_second for m in found}
-
-    def fastest(setups: list[Setup]) -> Setup:
-        return max(setups, key=lambda s: speed[s.name])
-
-    ours = [s for s in SETUPS if s.competes and s.side == "flex"]
-    peers = [s for s in SETUPS if s.competes and s.side == "peer"]
-    return fastest(ours), fastest([s for s in peers if s.accumulation == 1]), fastest(peers)
-
-
-def ratios(found: list[Measurement]) -> dict[str, float]:
-    """FLeX's mean rate over that of the fastest peer, "one_pass" and "any", all runs of each."""
-
-    def mean(setup: Setup) -> float:
-        rates = [m.targets_per_second for m in found if m.setup == setup.name]
-        return sum(rates) / len(rates)
-
-    ours, peer, micro = finalists(found)
-    return {"one_pass": mean(ours) / mean(peer), "any": mean(ours) / mean(micro)}
-
-
-def verdict(found: list[Measurement]) -> str:
-    ours, peer, micro = finalists(found)
-    return "\n".join(
-        f"{value:.2f} x the tokens per second: {ours.name} / {other.name}"
-        for value, other in zip(ratios(found).values(), (peer, micro), strict=True)
-    )
-
-
-def record(found: list[Measurement], steps: int) -> str:
-    """What is kept of a contest, as JSON."""
-    kept = {
-        "ratios": ratios(found),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "steps": steps,
-        "runs": [asdict(m) for m in found],
-    }
-    return json.dumps(kept, indent=2) + "\n"
-
-
-def table_row(m: Measurement) -> str:
+def table_row(run: Run, found: Sequence[Run]) -> str:
+    away = apart(run, found)
+    note = "" if away <= LOSS_LIMIT else "  not comparable"
     return (
-        f"{m.setup:56s} {m.targets_per_second:8.1f} {m.positions_per_second:8.1f} "
-        f"{m.seconds_per_step:7.2f} {m.positions_per_step:7.0f}"
+        f"{run.setup:46s} {run.targets_per_second:8.1f} {run.positions_per_second:8.1f} "
+        f"{sum(run.seconds) / len(run.seconds):7.2f} {run.peak_bytes / 1e9:7.2f} {100 * away:6.2f} %{note}"
     )
-
-
-HEADER = f"{'set-up':56s} {'target/s':>8s} {'pos/s':>8s} {'s/step':>7s} {'pos/st':>7s}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mbpp", type=Path, metavar="FILE", help="mbpp.jsonl; none: the Hub")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps (10)")
+    parser.add_argument("--mbpp", type=Path, metavar="FILE", help="none: the built-in tasks")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps (5)")
+    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="of the fastest (2)")
+    parser.add_argument("--trl-python", metavar="FILE", help="a Python that has TRL")
+    parser.add_argument("--fast", action="store_true", help="the best known set-ups only")
+    parser.add_argument("--only", metavar="WORD", help="set-ups with this in their name, and ours")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     args = parser.parse_args()
+    setups = fast_setups() if args.fast else list(SETUPS)
+    if args.only:
+        setups = [s for s in setups if args.only in s.name or s.name == FAST[0]]
     mbpp = args.mbpp.resolve() if args.mbpp else None
-    print(HEADER, flush=True)
-    found = []
-    for measurement in contest(mbpp, args.steps):
-        found.append(measurement)
-        print(table_row(measurement), flush=True)
-    print(f"\n{verdict(found)}")
-    if args.out:
-        args.out.write_text(record(found, args.steps))
+    found: list[Run] = []
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(Path(folder), args.steps, mbpp, python=args.trl_python)
+        print(f"data: {' '.join(job.data)}; {args.steps} timed steps\n{HEADER}", flush=True)
+        for run in search(job, args.rounds, setups):
+            if isinstance(run, Run):
+                found.append(run)
+            print(table_row(run, found) if isinstance(run, Run) else run, flush=True)
+            if args.out and found:
+                args.out.write_text(record(found, job))
+    print(f"losses: largest difference from FLeX's, of a step\n\n{verdict(found)}")
     return 0
 
 

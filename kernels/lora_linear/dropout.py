@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .dropout_native import mask_of_keys, native_mask
+
 ROUNDS = 7  # Philox4x32-7 passes BigCrush (Salmon et al. 2011, table 2); 10 is the cautious default
 ROW, COLUMN = 0, 1
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element of the float
@@ -36,6 +38,9 @@ def keep_mask(seed: int, rows: int, columns: int, p: float, device: torch.device
     """
     words = (columns + 1) // 2
     keys = torch.from_numpy(philox_keys(seed, rows, words)).to(device)
+    run = native_mask() if keys.device.type == "cpu" else None
+    if run is not None:
+        return mask_of_keys(run, keys, rows, dropped_lanes(p) - 32768)[:, :columns]
     row, column = keys[:, :rows, None], keys[:, None, rows:]
     lanes = (row[0] + column[0]).mul_(row[1] + column[1]).view(torch.int16)
     return lanes.ge_(dropped_lanes(p) - 32768).neg_()[:, :columns]

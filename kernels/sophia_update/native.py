@@ -12,17 +12,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import os
-import shlex
-import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..native_build import compile_c
 
 log = logging.getLogger("flex.kernels")
 
@@ -67,12 +64,6 @@ int64_t sophia_step(const Item *item, int64_t begin, int64_t end, const float *r
     return clipped;
 }
 """
-# No -ffast-math: it would drop NaN. Traps and errno are what keeps the loop from being vectorised.
-FLAGS = (
-    *("-x", "c", "-std=c11", "-O3", "-march=native", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
-)
-COMPILERS = ("cc", "gcc", "clang")
 ELEMENTS_PER_THREAD = 250_000  # a thread costs 50 us to start, as much as this many elements take
 
 
@@ -88,18 +79,8 @@ def takes(lists: Sequence[Sequence[Tensor]]) -> bool:
 @functools.cache  # one attempt per process
 def native_step() -> Callable[..., int] | None:
     """`sophia_step` of SOURCE; None, and one line in the log, if it cannot be compiled or loaded."""
-    found = shlex.split(os.environ.get("CC", "")) or [c for c in COMPILERS if shutil.which(c)][:1]
     try:
-        if not found:
-            raise OSError(f"none of {', '.join(COMPILERS)} is on the PATH")
-        with tempfile.TemporaryDirectory(prefix="flex-") as folder:
-            source, library = Path(folder, "sophia.c"), Path(folder, "sophia.so")
-            source.write_text(SOURCE)
-            command = [*found, *FLAGS, str(source), "-o", str(library)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            if done.returncode:
-                raise OSError(done.stderr.strip() or f"{found[0]} ended with {done.returncode}")
-            step = ctypes.CDLL(str(library)).sophia_step
+        step = compile_c("sophia", SOURCE).sophia_step
     except (OSError, subprocess.TimeoutExpired) as error:
         log.warning(
             "sophia_update: its C source cannot be compiled (%s); list operations take its place, several "

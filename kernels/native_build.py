@@ -1,0 +1,62 @@
+"""C sources of this package, compiled on first use by the system's compiler and called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+# No -ffast-math: it would drop NaN. Traps and errno are what keeps the loop from being vectorised.
+FLAGS = (
+    *("-x", "c", "-std=c11", "-O3", "-march=native", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+)
+COMPILERS = ("cc", "gcc", "clang")
+
+
+def compile_c(name: str, source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
+    """The library of a C source.
+
+    Args:
+        name: of the files, which live as long as the call.
+        flags: beside FLAGS.
+
+    Raises: OSError: no compiler, or its complaint. subprocess.TimeoutExpired: after 120 s.
+    """
+    found = shlex.split(os.environ.get("CC", "")) or [c for c in COMPILERS if shutil.which(c)][:1]
+    if not found:
+        raise OSError(f"none of {', '.join(COMPILERS)} is on the PATH")
+    with tempfile.TemporaryDirectory(prefix="flex-") as folder:
+        path, library = Path(folder, f"{name}.c"), Path(folder, f"{name}.so")
+        path.write_text(source)
+        command = [*found, *FLAGS, *flags, str(path), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise OSError(done.stderr.strip() or f"{found[0]} ended with {done.returncode}")
+        return ctypes.CDLL(str(library))
+
+
+def in_shares(work: Callable[[int, int], None], total: int, elements: int) -> None:
+    """work(begin, end) over [0, total), in equal shares for torch's number of threads.
+
+    Not OpenMP: a second copy of its runtime beside torch's would spin against it.
+
+    Args:
+        elements: how many there are in all; a thread costs 50 us to start, as much as 250,000 elements take.
+    """
+    shares = max(1, min(torch.get_num_threads(), total, elements // 250_000))
+    spans = [(total * i // shares, total * (i + 1) // shares) for i in range(shares)]
+    threads = [threading.Thread(target=work, args=span) for span in spans[1:]]
+    for thread in threads:
+        thread.start()
+    work(*spans[0])
+    for thread in threads:
+        thread.join()

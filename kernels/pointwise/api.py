@@ -1,0 +1,97 @@
+"""RMSNorm and SwiGLU: the C functions where they take the tensors, the reference elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..native_build import in_shares
+from ..runtime import require
+from .native import library
+from .reference import rms_norm_reference, swiglu_reference
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the C functions take these: bf16 on a CPU, outside torch.compile, and a C compiler was found."""
+    plain = all(t.device.type == "cpu" and t.dtype == torch.bfloat16 for t in tensors)
+    return plain and not torch.compiler.is_compiling() and library() is not None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * (x / sqrt(mean(x^2) + eps)) over the last dimension, forward and backward in one pass each.
+
+    Args:
+        x: (..., H). weight: (H,), frozen on the fast path (one that is trained takes the reference).
+        eps: in the units of x^2.
+
+    Raises: ValueError: the weight does not fit x.
+    """
+    require(weight.shape == x.shape[-1:], "weight.shape", tuple(weight.shape), f"({x.shape[-1]},)")
+    if weight.requires_grad or not takes(x, weight):
+        return rms_norm_reference(x, weight, eps)
+    return _RmsNorm.apply(x, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up; two tensors of one shape. Raises ValueError if the shapes differ."""
+    require(gate.shape == up.shape, "up.shape", tuple(up.shape), f"gate's, {tuple(gate.shape)}")
+    if not takes(gate, up):
+        return swiglu_reference(gate, up)
+    return _SwiGlu.apply(gate, up)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        y = torch.empty_like(x)
+        rows, size = x.numel() // max(1, x.shape[-1]), x.shape[-1]
+        scale = torch.empty(rows)
+        pointers = [t.data_ptr() for t in (x, weight, y, scale)]
+        run = _c().rms_norm
+        in_shares(lambda a, b: run(*pointers, a, b, size, eps), rows, x.numel())
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = torch.empty_like(x)
+        pointers = [t.data_ptr() for t in (x, weight, dy, scale, dx)]
+        run, size = _c().rms_norm_backward, x.shape[-1]
+        in_shares(lambda a, b: run(*pointers, a, b, size), len(scale), x.numel())
+        return dx, None, None
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        h = torch.empty_like(gate)
+        pointers = [t.data_ptr() for t in (gate, up, h)]
+        run = _c().swiglu
+        in_shares(lambda a, b: run(*pointers, a, b), h.numel(), h.numel())
+        ctx.save_for_backward(gate, up)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dh = dh.contiguous()
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        pointers = [t.data_ptr() for t in (gate, up, dh, dgate, dup)]
+        run = _c().swiglu_backward
+        in_shares(lambda a, b: run(*pointers, a, b), dh.numel(), dh.numel())
+        return dgate, dup
+
+
+def _c() -> Any:
+    found = library()
+    assert found is not None  # `takes` has looked
+    return found

@@ -1,0 +1,135 @@
+"""The C source: bf16 in and out, fp32 inside, a row at a time, so that a row is read from memory once.
+
+PyTorch makes of transformers' RMSNorm seven operations forward and nine backward, of SwiGLU two and three, each of
+which reads and writes the whole tensor, half of them in fp32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import subprocess
+
+from ..native_build import compile_c
+
+log = logging.getLogger("flex.kernels")
+
+SOURCE = r"""
+#include <stdint.h>
+typedef uint16_t bf16;
+
+static inline float wide(bf16 b)
+{
+    union { uint32_t u; float f; } v = { .u = (uint32_t)b << 16 };
+    return v.f;
+}
+
+/* To the nearest, ties to even; NaN stays one. */
+static inline bf16 narrow(float f)
+{
+    union { float f; uint32_t u; } v = { .f = f };
+    const uint32_t rounded = (v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16;
+    return (bf16)((v.u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+/* exp(z) to about 2 ulp: 2^n exp(r), |r| <= ln(2)/2, a polynomial of degree 6. Beyond 60 it stays exp(60): compilers
+   compute both sides of a clamp, and a side with subnormal products takes ten times the time of all else. */
+static inline float exponential(float z)
+{
+    z = z < -60.0f ? -60.0f : z;
+    z = z > 60.0f ? 60.0f : z;
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    const float n = (z * 1.44269504f + magic) - magic;
+    const float r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    union { uint32_t u; float f; } scale = { .u = (uint32_t)((int32_t)n + 127) << 23 };
+    return p * scale.f;
+}
+
+static inline float sigmoid(float z) { return 1.0f / (1.0f + exponential(-z)); }
+
+/* y = w * bf16(x * scale), scale = 1 / sqrt(mean(x^2) + eps), kept for backward. */
+void rms_norm(const bf16 *restrict x, const bf16 *restrict w, bf16 *restrict y, float *restrict scale,
+              int64_t begin, int64_t end, int32_t size, float eps)
+{
+    for (int64_t row = begin; row < end; row++) {
+        const bf16 *in = x + row * size;
+        bf16 *out = y + row * size;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int32_t i = 0; i < size; i++) sum += wide(in[i]) * wide(in[i]);
+        const float s = 1.0f / __builtin_sqrtf(sum / (float)size + eps);
+        for (int32_t i = 0; i < size; i++) out[i] = narrow(wide(w[i]) * wide(narrow(wide(in[i]) * s)));
+        scale[row] = s;
+    }
+}
+
+/* dx = scale (w dy - x scale^2 mean(w dy x)) */
+void rms_norm_backward(const bf16 *restrict x, const bf16 *restrict w, const bf16 *restrict dy,
+                       const float *restrict scale, bf16 *restrict dx, int64_t begin, int64_t end, int32_t size)
+{
+    for (int64_t row = begin; row < end; row++) {
+        const bf16 *in = x + row * size, *up = dy + row * size;
+        bf16 *out = dx + row * size;
+        float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+        for (int32_t i = 0; i < size; i++) dot += wide(w[i]) * wide(up[i]) * wide(in[i]);
+        const float s = scale[row], along = dot / (float)size * s * s;
+        for (int32_t i = 0; i < size; i++) out[i] = narrow(s * (wide(w[i]) * wide(up[i]) - wide(in[i]) * along));
+    }
+}
+
+/* h = bf16(silu(g)) u */
+void swiglu(const bf16 *restrict gate, const bf16 *restrict up, bf16 *restrict h, int64_t begin, int64_t end)
+{
+    for (int64_t i = begin; i < end; i++) {
+        const float g = wide(gate[i]);
+        h[i] = narrow(wide(narrow(g * sigmoid(g))) * wide(up[i]));
+    }
+}
+
+/* du = dh silu(g), dg = dh u silu'(g) */
+void swiglu_backward(const bf16 *restrict gate, const bf16 *restrict up, const bf16 *restrict dh,
+                     bf16 *restrict dgate, bf16 *restrict dup, int64_t begin, int64_t end)
+{
+    for (int64_t i = begin; i < end; i++) {
+        const float g = wide(gate[i]), d = wide(dh[i]), s = sigmoid(g);
+        dup[i] = narrow(d * (g * s));
+        dgate[i] = narrow(d * wide(up[i]) * (s * (1.0f + g * (1.0f - s))));
+    }
+}
+"""
+POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+ARGUMENTS = {
+    "rms_norm": (*[POINTER] * 4, LONG, LONG, INT, FLOAT),
+    "rms_norm_backward": (*[POINTER] * 5, LONG, LONG, INT),
+    "swiglu": (*[POINTER] * 3, LONG, LONG),
+    "swiglu_backward": (*[POINTER] * 5, LONG, LONG),
+}
+
+
+@functools.cache  # one attempt per process
+def library() -> ctypes.CDLL | None:
+    """The compiled SOURCE; None, and one line in the log, if it cannot be compiled or loaded."""
+    try:
+        # simd: sums may be taken in another order; no OpenMP runtime comes with it. Contracted products: a quarter
+        # to a half of SwiGLU's time, and everything is rounded to bf16 afterwards.
+        found = compile_c("pointwise", SOURCE, ("-fopenmp-simd", "-ffp-contract=fast"))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.warning(
+            "pointwise: the C source of RMSNorm and SwiGLU cannot be compiled (%s); PyTorch's operations take its "
+            "place, several times slower. A C compiler on the PATH mends it",
+            (str(error).strip() or type(error).__name__).splitlines()[0],
+        )
+        return None
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, None
+    return found

@@ -1,0 +1,154 @@
+"""RMSNorm and SwiGLU in C: the error budget against fp64, NaN, threads, without a compiler, with seeded bugs."""
+
+import logging
+
+import pytest
+import torch
+
+from flex.kernels import native_build
+from flex.kernels.budget import budget_used
+from flex.kernels.pointwise import (
+    api,
+    native,
+    rms_norm,
+    rms_norm_reference,
+    swiglu,
+    swiglu_reference,
+)
+from tests.mutants import load_copy
+
+SHAPES = [(1, 1), (3, 17), (2, 5, 64), (1, 7, 576), (130, 33)]
+EPS = 1e-5
+
+
+def bf16(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator)).bfloat16()
+
+
+def with_gradients(function, inputs, dy):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    y = function(*leaves)
+    y.backward(dy.to(y.dtype))
+    return [y.detach(), *(x.grad for x in leaves)]
+
+
+def check(function, reference, inputs, dy) -> None:
+    """Output and gradients within the budget that plain bf16 operations set."""
+    found = with_gradients(function, inputs, dy)
+    eager = with_gradients(reference, inputs, dy)
+    exact = with_gradients(reference, [x.double() for x in inputs], dy)
+    for got, plain, truth in zip(found, eager, exact, strict=True):
+        assert budget_used(got, plain, truth) <= 1
+
+
+def check_rms_norm(shape) -> None:
+    weight = 1 + bf16(shape[-1], seed=1, scale=0.3)
+    check(
+        lambda x: rms_norm(x, weight.to(x.dtype), EPS),
+        lambda x: rms_norm_reference(x, weight.to(x.dtype), EPS),
+        [bf16(*shape, seed=0, scale=2.0)],
+        bf16(*shape, seed=2),
+    )
+
+
+def check_swiglu(shape) -> None:
+    inputs = [bf16(*shape, seed=0, scale=4.0), bf16(*shape, seed=1)]
+    check(swiglu, swiglu_reference, inputs, bf16(*shape, seed=2))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("check_one", [check_rms_norm, check_swiglu], ids=["rms_norm", "swiglu"])
+def test_within_the_budget_of_plain_operations(check_one, shape):
+    assert native.library() is not None
+    check_one(shape)
+
+
+def test_every_bf16_number_has_its_swiglu():
+    check_every_gate()
+
+
+def check_every_gate() -> None:
+    """All finite gates below 80: forward equals plain operations but for the last bit of exp."""
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    gate = gate[gate.float().abs() < 80]
+    plain, found = (f(gate, torch.ones_like(gate)).float() for f in (swiglu_reference, swiglu))
+    assert ((plain - found).abs() <= 2**-7 * plain.abs() + 1e-24).all()
+    assert (plain == found).float().mean() > 0.99
+
+
+def test_nan_stays_in_its_row():
+    x = bf16(4, 32, seed=0)
+    x[1, 3] = float("nan")
+    y = rms_norm(x, torch.ones(32).bfloat16(), EPS)
+    assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all()
+    assert swiglu(x, torch.ones_like(x)).isnan().sum() == 1
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
+    x, weight = bf16(1100, 577, seed=0), torch.ones(577).bfloat16()
+    alone = rms_norm(x, weight, EPS), swiglu(x, x)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for a, b in zip(alone, (rms_norm(x, weight, EPS), swiglu(x, x)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_strided_inputs():
+    wide = bf16(6, 64, seed=0)
+    x = wide.t()
+    assert torch.equal(swiglu(x, x), swiglu(x.contiguous(), x.contiguous()))
+    weight = torch.ones(6).bfloat16()
+    assert torch.equal(rms_norm(x, weight, EPS), rms_norm(x.contiguous(), weight, EPS))
+
+
+def test_what_the_c_functions_do_not_take_is_the_reference():
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    assert torch.equal(rms_norm(x, weight, EPS), rms_norm_reference(x, weight, EPS))
+    trained = torch.ones(8).bfloat16().requires_grad_()
+    rms_norm(x.bfloat16(), trained, EPS).sum().backward()
+    assert trained.grad is not None
+    with pytest.raises(ValueError, match="weight.shape"):
+        rms_norm(x, weight[:4], EPS)
+    with pytest.raises(ValueError, match="up.shape"):
+        swiglu(x, x[:1])
+
+
+def test_without_a_compiler_plain_operations_take_its_place(monkeypatch, caplog):
+    native.library.cache_clear()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(native_build, "COMPILERS", ("no-such-compiler",))
+    x = bf16(3, 8, seed=0)
+    try:
+        with caplog.at_level(logging.WARNING, "flex.kernels"):
+            assert torch.equal(swiglu(x, x), swiglu_reference(x, x))
+            swiglu(x, x)
+        assert caplog.text.count("take its place") == 1
+    finally:
+        native.library.cache_clear()
+
+
+BUGS = {
+    "eps left out": ("sum / (float)size + eps", "sum / (float)size + 0.1f"),
+    "no weight": ("wide(w[i]) * wide(narrow(", "wide(narrow("),
+    "last of a row missed": ("i < size; i++) sum +=", "i < size - 1; i++) sum +="),
+    "projection left out": (" - wide(in[i]) * along", ""),
+    "scale once": ("* s * s;", "* s;"),
+    "truncated": ("(v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16", "v.u >> 16"),
+    "gate's slope": ("(1.0f + g * (1.0f - s))", "1.0f"),
+    "up's gradient": ("narrow(d * (g * s))", "narrow(d * g)"),
+    "short polynomial": ("p = p * r + 0.5f;", "p = p * r + 0.4f;"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_seeded_bugs_are_killed(bug, tmp_path, monkeypatch):
+    copy = load_copy(tmp_path, native, *BUGS[bug])
+    if copy.library() is None:
+        pytest.fail("the mutant does not compile")
+    monkeypatch.setattr(api, "library", copy.library)
+    with pytest.raises(AssertionError):
+        for shape in SHAPES:
+            check_rms_norm(shape)
+            check_swiglu(shape)
+        check_every_gate()
