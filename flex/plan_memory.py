@@ -68,7 +68,7 @@ def layer_activations(job: Job, layer: int, device: str) -> float:
     """What autograd keeps of one layer from forward to backward, each storage once."""
     model, t, b, r = job.model, job.positions, job.width, job.cfg.lora.r
     adapted, live = job.adapters[layer], gradient_flow(job)[layer]
-    norm = FP32 * t * (model.hidden + 1)  # fp32 x and 1 / rms
+    norm = _norm(job, device)
     total = 0.0
     # attention
     if "self_attn.q_proj" in live:
@@ -87,11 +87,24 @@ def layer_activations(job: Job, layer: int, device: str) -> float:
         total += norm
     if adapted & {"mlp.gate_proj", "mlp.up_proj"}:
         total += b * t * model.hidden
-    # gate for SiLU and up for the product; SiLU's output for up
-    total += b * t * model.ffn * (2 * gate + up)
+    if _one_pass(job, device):
+        total += b * t * model.ffn * 2 * (gate or up)
+    else:  # gate for SiLU and up for the product; SiLU's output for up
+        total += b * t * model.ffn * (2 * gate + up)
     if "mlp.down_proj" in adapted:
         total += b * t * model.ffn
     return total + b * t * r * len(adapted)
+
+
+def _one_pass(job: Job, device: str) -> bool:
+    """Whether flex/model/pointwise.py computes norms and SwiGLU; supposes a C compiler."""
+    return device == "cpu" and job.cfg.model.dtype == "bfloat16"
+
+
+def _norm(job: Job, device: str) -> float:
+    """What an RMSNorm keeps: x, widened by transformers' own, and 1 / rms in fp32."""
+    width = job.width if _one_pass(job, device) else FP32
+    return job.positions * (width * job.model.hidden + FP32)
 
 
 def _attention(job: Job, device: str) -> float:
@@ -108,7 +121,7 @@ def activations(job: Job, device: str) -> float:
     """Everything kept for backward when the loss is reached, without the logits."""
     model, t, b = job.model, job.positions, job.width
     layers = range(model.layers)
-    tail = FP32 * t * (model.hidden + 1) + 2 * b * t * model.head_dim  # final norm; cos and sin
+    tail = _norm(job, device) + 2 * b * t * model.head_dim  # final norm; cos and sin
     if job.cfg.model.gradient_checkpointing:
         return model.layers * b * t * model.hidden + tail
     return sum(layer_activations(job, layer, device) for layer in layers) + tail
