@@ -25,10 +25,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).par
 
 import contestants  # noqa: E402
 import torch  # noqa: E402
+from step_profile import make_engine  # noqa: E402
 
 from benchmarks.harness.table import quantity  # noqa: E402
 from benchmarks.harness.timing import peak_memory  # noqa: E402
 from flex.config import RunConfig  # noqa: E402
+from flex.loss_plot import save_figure  # noqa: E402
 from flex.state import Batch, Example  # noqa: E402
 
 TARGETS = ("down_proj", "gate_proj", "up_proj", "q_proj", "k_proj", "v_proj", "o_proj")
@@ -154,18 +156,10 @@ def config(model: str, size: Size) -> RunConfig:
 
 def make_step(model: str, size: Size) -> Callable[[], object]:
     """A call that does the next optimizer step of a model of its own; the first one refreshes the curvature."""
-    from flex.build import build_update
-    from flex.engine import build_engine
-    from flex.model.adapters import adapter_parameters, add_adapters
-    from flex.model.base import load_model
     from flex.step import train_step
 
     cfg = config(model, size)
-    peft_model = add_adapters(load_model(cfg.model), cfg.lora, cfg.seed, cfg.kernels.impl)
-    vocabulary = int(peft_model.get_base_model().config.vocab_size)
-    parameters = adapter_parameters(peft_model)
-    penalty, optimizer = build_update(cfg, peft_model, parameters)
-    engine = build_engine(cfg, peft_model, optimizer, parameters)
+    engine, penalty, vocabulary = make_engine(cfg)
     loader, done = OneBatch(size, vocabulary), 0
 
     def step() -> object:
@@ -233,9 +227,6 @@ def table(found: Sequence[Series]) -> str:
 
 def plot(found: Sequence[Series], path: Path) -> None:
     """Time and memory over each axis, both logarithmic, with the fitted exponents."""
-    import matplotlib
-
-    matplotlib.use("agg")
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(4 * len(found), 6.5), layout="constrained")
@@ -249,7 +240,7 @@ def plot(found: Sequence[Series], path: Path) -> None:
             chart.set_xticks(series.sizes, [str(s) for s in series.sizes])
             chart.minorticks_off()
             chart.set(xlabel=series.axis, ylabel=label, title=f"x = {exponent}")
-    canvas.savefig(path, dpi=110)
+    save_figure(canvas, path)
 
 
 def measured(model: str, rounds: int, centre: Size, processes: Sequence[int]) -> Iterator[Series]:

@@ -103,6 +103,14 @@ def settings(args: Any, folder: str) -> dict[str, Any]:
     }
 
 
+def report(clock: Clock, collator: Counting, accumulation: int) -> None:
+    """Print the run's record."""
+    seconds = clock.seconds()
+    counts = (collator.targets, collator.positions)
+    targets, positions = (common.per_step(c, accumulation, len(seconds)) for c in counts)
+    common.print_record(seconds, targets, positions, clock.losses)
+
+
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--adapters", choices=("fp32", "bf16"), default="fp32")
@@ -121,10 +129,7 @@ def main() -> None:
             callbacks=[clock],
         )
         trainer.train()
-    seconds = clock.seconds()
-    counts = (collator.targets, collator.positions)
-    targets, positions = (common.per_step(c, args.accumulation, len(seconds)) for c in counts)
-    common.print_record(seconds, targets, positions, clock.losses)
+    report(clock, collator, args.accumulation)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import tempfile
 
 import peer_common as common
 from datasets import Dataset, concatenate_datasets
-from peer_trainer import Clock, Counting, settings
+from peer_trainer import Clock, Counting, report, settings
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
@@ -55,10 +55,7 @@ def main() -> None:
         )
         collator = trainer.data_collator = Counting(trainer.data_collator)
         trainer.train()
-    seconds = clock.seconds()
-    counts = (collator.targets, collator.positions)
-    targets, positions = (common.per_step(c, args.accumulation, len(seconds)) for c in counts)
-    common.print_record(seconds, targets, positions, clock.losses)
+    report(clock, collator, args.accumulation)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import torch
 
 if TYPE_CHECKING:
     from flex.config import RunConfig
+    from flex.engine import Engine
+    from flex.penalty import SpectralPenalty
 
 PARTS = (
     "frozen GEMM",
@@ -128,6 +130,20 @@ def chain_of(event: Any) -> Iterator[tuple[str, Sequence[Any]]]:
         event = event.cpu_parent
 
 
+def make_engine(cfg: RunConfig) -> tuple[Engine, SpectralPenalty | None, int]:
+    """What `train_step` needs of a configuration, in this process; and the model's number of tokens."""
+    from flex.build import build_update
+    from flex.engine import build_engine
+    from flex.model.adapters import adapter_parameters, add_adapters
+    from flex.model.base import load_model
+
+    model = add_adapters(load_model(cfg.model), cfg.lora, cfg.seed, cfg.kernels.impl)
+    parameters = adapter_parameters(model)
+    penalty, optimizer = build_update(cfg, model, parameters)
+    engine = build_engine(cfg, model, optimizer, parameters)
+    return engine, penalty, int(model.get_base_model().config.vocab_size)
+
+
 def profile(cfg: RunConfig, steps: int, warm_up: int = 1) -> Profiled:
     """Train a few steps of a configuration in this process and look at them.
 
@@ -136,20 +152,13 @@ def profile(cfg: RunConfig, steps: int, warm_up: int = 1) -> Profiled:
     Args:
         steps: profiled ones, one each time, so that no trace grows long.
     """
-    from flex.build import build_update
     from flex.data.loader import StepLoader, load_data
-    from flex.engine import build_engine
-    from flex.model.adapters import adapter_parameters, add_adapters
-    from flex.model.base import load_model, load_tokenizer
+    from flex.model.base import load_tokenizer
     from flex.step import refresh_curvature, train_step
 
     tokenizer = load_tokenizer(cfg.model)
     loader = StepLoader(load_data(cfg, tokenizer).train, cfg, 0, 1, tokenizer.pad_token_id or 0)
-    model = add_adapters(load_model(cfg.model), cfg.lora, cfg.seed, cfg.kernels.impl)
-    vocabulary = int(model.get_base_model().config.vocab_size)
-    parameters = adapter_parameters(model)
-    penalty, optimizer = build_update(cfg, model, parameters)
-    engine = build_engine(cfg, model, optimizer, parameters)
+    engine, penalty, vocabulary = make_engine(cfg)
     torch.manual_seed(cfg.seed)
     total = loader.total_steps
     for step in range(warm_up):

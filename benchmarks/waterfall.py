@@ -21,6 +21,8 @@ from step_profile import PARTS, Profiled, profile  # noqa: E402
 from benchmarks.harness import Work  # noqa: E402
 from benchmarks.harness.ceilings import Ceilings, measure  # noqa: E402
 from flex.config import RunConfig  # noqa: E402
+from flex.loss_plot import save_figure  # noqa: E402
+from flex.model.architecture import read_architecture  # noqa: E402
 
 RECIPE = Path(__file__).resolve().parents[1] / "flex/recipes/mbpp-smollm2.yaml"
 AIMS = {"penalty": 0.01, "refresh": 0.05}  # of the average step
@@ -41,42 +43,26 @@ def floors(found: Profiled, cfg: RunConfig) -> dict[str, Work]:
     the causal half of its products. Norms, RoPE, SwiGLU: each input and output of forward and backward once.
     Penalty: weights in, gradient in and out. Optimizer: 24 bytes a parameter (Sophia), 28 (AdamW).
     """
-    from flex.model.base import resolve
-    from flex.model.presets import shape_config
-
-    name = resolve(cfg.model)
-    if name.startswith("shape:"):
-        model = shape_config(name.removeprefix("shape:"))
-    else:
-        from transformers import AutoConfig
-
-        model = AutoConfig.from_pretrained(name)
-    hidden, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    heads, key_heads = model.num_attention_heads, model.num_key_value_heads
-    head = getattr(model, "head_dim", None) or hidden // heads
+    model = read_architecture(cfg.model)
+    hidden, layers = model.hidden, model.layers
     rows, size = found.positions, 2 if cfg.model.dtype == "bfloat16" else 4
-    shapes = {
-        "gate_proj": (hidden, inner),
-        "up_proj": (hidden, inner),
-        "down_proj": (inner, hidden),
-        "q_proj": (hidden, heads * head),
-        "k_proj": (hidden, key_heads * head),
-        "v_proj": (hidden, key_heads * head),
-        "o_proj": (heads * head, hidden),
-    }
-    adapted = [shapes[target] for target in cfg.lora.targets]
+    adapted = [
+        (linear.inputs, linear.outputs)
+        for linear in model.linears
+        if linear.name.rpartition(".")[2] in cfg.lora.targets
+    ]
     parameters = layers * cfg.lora.r * sum(k + n for k, n in adapted)
     lora = layers * size * rows * sum(4 * k + 2 * n for k, n in adapted)
     pairs = sum(n * (n + 1) / 2 for documents in found.documents for n in documents)
     pairs /= max(1, len(found.documents))
-    pointwise = 2 * 5 * hidden + 4 * (heads + key_heads) * head + 8 * inner
+    pointwise = 2 * 5 * hidden + 4 * (model.attention_width + model.kv_width) + 8 * model.ffn
     kind = "bf16" if size == 2 else "fp32"
     work = {
         "frozen GEMM": Work(flops=found.flops["frozen GEMM"], dtype=kind),
         "LoRA": Work(bytes=lora),
-        "attention": Work(flops=3 * 4 * layers * heads * head * pairs, dtype=kind),
+        "attention": Work(flops=3 * 4 * layers * model.attention_width * pairs, dtype=kind),
         "loss and LM head": Work(
-            flops=2 * 2 * found.targets * hidden * model.vocab_size, dtype=kind
+            flops=2 * 2 * found.targets * hidden * model.vocabulary, dtype=kind
         ),
         "norms and pointwise": Work(bytes=layers * size * rows * pointwise),
         "optimizer": Work(bytes=(24 if cfg.optim.name == "sophia" else 28) * parameters),
@@ -107,9 +93,6 @@ def table(found: Profiled, work: dict[str, Work], ceilings: Ceilings) -> str:
 
 def plot(found: Profiled, work: dict[str, Work], ceilings: Ceilings, path: Path) -> None:
     """Bars that start where the one before ends; the floor drawn inside each."""
-    import matplotlib
-
-    matplotlib.use("agg")
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(9, 4.5), layout="constrained")
@@ -126,7 +109,7 @@ def plot(found: Profiled, work: dict[str, Work], ceilings: Ceilings, path: Path)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2 * found.average)
     axes.set_xlabel("seconds of one step (dark: floor)")
-    canvas.savefig(path, dpi=120)
+    save_figure(canvas, path)
 
 
 def main() -> int:

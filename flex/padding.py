@@ -19,6 +19,11 @@ LARGEST = 64  # rows; a few dozen lengths are left at 4,000 positions
 SHARE = 32  # of the rows at most 1 / SHARE is padding
 
 
+def pays(batch: Batch) -> bool:
+    """Whether rounded counts are worth their padding: of packed rows on a CPU."""
+    return batch.cu_seqlens is not None and batch.input_ids.device.type == "cpu"
+
+
 def rounded(rows: int) -> int:
     """`rows` rounded up to a multiple of a power of two, by less than 1 / SHARE of it and less than LARGEST."""
     multiple = min(LARGEST, 1 << max(0, (rows // SHARE).bit_length() - 1))

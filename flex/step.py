@@ -12,7 +12,7 @@ from . import loss_head
 from .loss import cross_entropy_sum
 from .optim import CurvatureStats, learning_rate, sample_labels
 from .optim.curvature import uniform_draws
-from .padding import pad_columns, pad_packed
+from .padding import pad_columns, pad_packed, pays
 from .processes import all_reduce
 from .ranges import named
 from .state import IGNORE, Batch, StepReport
@@ -37,7 +37,7 @@ def _logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """(m, V) logits and (n,) labels of the first n <= m of them: to cut the rest off costs their gradient a copy."""
     keep, columns = target_positions(batch)
     labels = batch.labels[:, columns][keep]
-    if batch.cu_seqlens is not None and batch.input_ids.device.type == "cpu" and len(labels):
+    if len(labels) and pays(batch):
         logits = forward_at(model, batch, pad_columns(columns))
         return logits.flatten(0, 1), labels
     logits = forward_at(model, batch, columns)
@@ -55,7 +55,7 @@ def target_positions(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def forward_at(model: nn.Module, batch: Batch, columns: Tensor) -> Tensor:
     """What the model returns as logits of these columns: (rows, columns, V)."""
-    if batch.cu_seqlens is not None and batch.input_ids.device.type == "cpu":
+    if pays(batch):
         batch = pad_packed(batch)
     layout = (
         {"attention_mask": batch.attention_mask}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shlex
 import shutil
@@ -14,12 +15,15 @@ from pathlib import Path
 
 import torch
 
+log = logging.getLogger("flex.kernels")
+
 # No -ffast-math: it would drop NaN. Traps and errno are what keeps the loop from being vectorised.
 FLAGS = (
     *("-x", "c", "-std=c11", "-O3", "-march=native", "-shared", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )
 COMPILERS = ("cc", "gcc", "clang")
+ELEMENTS_PER_THREAD = 250_000  # a thread costs 50 us to start, as much as this many elements take
 
 
 def compile_c(name: str, source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
@@ -44,15 +48,35 @@ def compile_c(name: str, source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
+def compile_or_warn(
+    name: str, source: str, what: str, instead: str, flags: Sequence[str] = ()
+) -> ctypes.CDLL | None:
+    """`compile_c`; None, and one line in the log, if the source cannot be compiled or loaded.
+
+    Args:
+        what, instead: of the line: "`what` cannot be compiled; `instead` take its place, several times slower".
+    """
+    try:
+        return compile_c(name, source, flags)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.warning(
+            "%s cannot be compiled (%s); %s take its place, several times slower. A C compiler on the PATH mends it",
+            what,
+            (str(error).strip() or type(error).__name__).splitlines()[0],
+            instead,
+        )
+        return None
+
+
 def in_shares(work: Callable[[int, int], None], total: int, elements: int) -> None:
     """work(begin, end) over [0, total), in equal shares for torch's number of threads.
 
     Not OpenMP: a second copy of its runtime beside torch's would spin against it.
 
     Args:
-        elements: how many there are in all; a thread costs 50 us to start, as much as 250,000 elements take.
+        elements: how many there are in all; a thread gets at least ELEMENTS_PER_THREAD.
     """
-    shares = max(1, min(torch.get_num_threads(), total, elements // 250_000))
+    shares = max(1, min(torch.get_num_threads(), total, elements // ELEMENTS_PER_THREAD))
     spans = [(total * i // shares, total * (i + 1) // shares) for i in range(shares)]
     threads = [threading.Thread(target=work, args=span) for span in spans[1:]]
     for thread in threads:

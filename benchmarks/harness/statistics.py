@@ -24,7 +24,7 @@ class Estimate:
 def median(samples: Sequence[float]) -> Estimate:
     """The median of the rounds. Raises ValueError without a sample."""
     values = _checked(samples)
-    return _estimate(np.median(values), np.median(values[_rounds(len(values))], axis=1))
+    return _estimate(np.median(values), _medians(values, _rounds(len(values))))
 
 
 def ratio(ours: Sequence[float], other: Sequence[float]) -> Estimate:
@@ -34,9 +34,10 @@ def ratio(ours: Sequence[float], other: Sequence[float]) -> Estimate:
     resampled on its own. Raises ValueError without a sample.
     """
     a, b = _checked(ours), _checked(other)
-    first = _rounds(len(a))
-    second = first if len(a) == len(b) else _rounds(len(b), SEED + 1)
-    return _estimate(np.median(a) / np.median(b), _medians(a, first) / _medians(b, second))
+    if len(a) != len(b):
+        return independent_ratio(ours, other)
+    rounds = _rounds(len(a))
+    return _estimate(np.median(a) / np.median(b), _medians(a, rounds) / _medians(b, rounds))
 
 
 def independent_ratio(first: Sequence[float], second: Sequence[float]) -> Estimate:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import subprocess
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..native_build import compile_c, in_shares
-
-log = logging.getLogger("flex.kernels")
+from ..native_build import compile_or_warn, in_shares
 
 SOURCE = r"""
 #include <stdint.h>
@@ -40,15 +36,11 @@ void keep_mask(const uint32_t *restrict keys, int64_t rows, int64_t words, int32
 @functools.cache  # one attempt per process
 def native_mask() -> Callable[..., None] | None:
     """`keep_mask` of SOURCE; None, and one line in the log, if it cannot be compiled or loaded."""
-    try:
-        found = compile_c("dropout", SOURCE).keep_mask
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning(
-            "lora_linear: the C source of the dropout mask cannot be compiled (%s); PyTorch's operations take its "
-            "place, several times slower. A C compiler on the PATH mends it",
-            (str(error).strip() or type(error).__name__).splitlines()[0],
-        )
+    what = "lora_linear: the C source of the dropout mask"
+    library = compile_or_warn("dropout", SOURCE, what, "PyTorch's operations")
+    if library is None:
         return None
+    found = library.keep_mask
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     found.argtypes, found.restype = [pointer, long, long, integer, pointer, long, long], None
     return found

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import subprocess
 
-from ..native_build import compile_c
-
-log = logging.getLogger("flex.kernels")
+from ..native_build import compile_or_warn
 
 SOURCE = r"""
 #include <stdint.h>
@@ -118,16 +114,12 @@ ARGUMENTS = {
 @functools.cache  # one attempt per process
 def library() -> ctypes.CDLL | None:
     """The compiled SOURCE; None, and one line in the log, if it cannot be compiled or loaded."""
-    try:
-        # simd: sums may be taken in another order; no OpenMP runtime comes with it. Contracted products: a quarter
-        # to a half of SwiGLU's time, and everything is rounded to bf16 afterwards.
-        found = compile_c("pointwise", SOURCE, ("-fopenmp-simd", "-ffp-contract=fast"))
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning(
-            "pointwise: the C source of RMSNorm and SwiGLU cannot be compiled (%s); PyTorch's operations take its "
-            "place, several times slower. A C compiler on the PATH mends it",
-            (str(error).strip() or type(error).__name__).splitlines()[0],
-        )
+    # simd: sums may be taken in another order; no OpenMP runtime comes with it. Contracted products: a quarter
+    # to a half of SwiGLU's time, and everything is rounded to bf16 afterwards.
+    flags = ("-fopenmp-simd", "-ffp-contract=fast")
+    what = "pointwise: the C source of RMSNorm and SwiGLU"
+    found = compile_or_warn("pointwise", SOURCE, what, "PyTorch's operations", flags)
+    if found is None:
         return None
     for name, arguments in ARGUMENTS.items():
         function = getattr(found, name)

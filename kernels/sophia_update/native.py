@@ -11,17 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import subprocess
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..native_build import compile_c
-
-log = logging.getLogger("flex.kernels")
+from ..native_build import compile_or_warn, in_shares
 
 SOURCE = r"""
 #include <stdint.h>
@@ -64,7 +59,6 @@ int64_t sophia_step(const Item *item, int64_t begin, int64_t end, const float *r
     return clipped;
 }
 """
-ELEMENTS_PER_THREAD = 250_000  # a thread costs 50 us to start, as much as this many elements take
 
 
 def takes(lists: Sequence[Sequence[Tensor]]) -> bool:
@@ -79,15 +73,10 @@ def takes(lists: Sequence[Sequence[Tensor]]) -> bool:
 @functools.cache  # one attempt per process
 def native_step() -> Callable[..., int] | None:
     """`sophia_step` of SOURCE; None, and one line in the log, if it cannot be compiled or loaded."""
-    try:
-        step = compile_c("sophia", SOURCE).sophia_step
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning(
-            "sophia_update: its C source cannot be compiled (%s); list operations take its place, several "
-            "times slower. A C compiler on the PATH mends it",
-            (str(error).strip() or type(error).__name__).splitlines()[0],
-        )
+    library = compile_or_warn("sophia", SOURCE, "sophia_update: its C source", "list operations")
+    if library is None:
         return None
+    step = library.sophia_step
     step.restype = ctypes.c_int64
     step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     return step
@@ -109,18 +98,10 @@ def native_update(
     )
     scalars = torch.tensor([*row[:7], factor], dtype=torch.float32)
     total = int(table[:, 4].sum())
-    shares = max(1, min(torch.get_num_threads(), total // ELEMENTS_PER_THREAD))
-    counts = [0] * shares
+    counts: list[int] = []
 
-    def work(share: int) -> None:
-        span = (total * share // shares, total * (share + 1) // shares)
-        counts[share] = step(table.data_ptr(), *span, scalars.data_ptr())  # lets go of the GIL
+    def work(begin: int, end: int) -> None:  # the call lets go of the GIL
+        counts.append(step(table.data_ptr(), begin, end, scalars.data_ptr()))
 
-    # Not OpenMP: a second copy of its runtime beside torch's would spin against it.
-    threads = [threading.Thread(target=work, args=(share,)) for share in range(1, shares)]
-    for thread in threads:
-        thread.start()
-    work(0)
-    for thread in threads:
-        thread.join()
+    in_shares(work, total, total)
     return torch.tensor(sum(counts))

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from flex.kernels import native_build
 from flex.kernels.budget import budget_used
 from flex.kernels.pointwise import native
 from flex.model import pointwise
@@ -88,7 +89,9 @@ def test_others_stay_as_they_are(monkeypatch, caplog):
     assert not pointwise.install(made("llama", torch.float32))
     replaced = pointwise.install(made("llama", hidden_act="gelu"))
     assert set(replaced) == {"LlamaRMSNorm"}
-    monkeypatch.setattr(native, "compile_c", lambda *_: (_ for _ in ()).throw(OSError("none")))
+    monkeypatch.setattr(
+        native_build, "compile_c", lambda *_: (_ for _ in ()).throw(OSError("none"))
+    )
     native.library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "flex.kernels"):

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from flex.kernels import native_build
 from flex.kernels.sophia_update import native, sophia_update, torch_step
 from flex.kernels.sophia_update.reference import sophia_reference
 from flex.kernels.sophia_update.scalars import Scalars
@@ -60,7 +61,7 @@ def test_matches_fp64():
 def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
     expected = tensors()
     count = run(native, *expected)
-    monkeypatch.setattr(native, "ELEMENTS_PER_THREAD", 100)
+    monkeypatch.setattr(native_build, "ELEMENTS_PER_THREAD", 100)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     found = tensors()
     assert run(native, *found) == count
