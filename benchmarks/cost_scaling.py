@@ -139,8 +139,8 @@ class OneBatch:
     def positions(self, step: int) -> int:
         return self.batch.num_positions
 
-    def targets_of_micro_step(self, step: int, micro_step: int) -> int:
-        return self.batch.num_targets
+    def refresh_micro_batches(self, step: int) -> list[tuple[Batch, int]]:
+        return [(self.batch, self.batch.num_targets)]
 
 
 def config(model: str, size: Size) -> RunConfig:

@@ -169,9 +169,8 @@ def profile(cfg: RunConfig, steps: int, warm_up: int = 1) -> Profiled:
     found = Profiled(seconds, 0.0, 0.0, 0, flops, 0.0, 0.0, 0.0)
     if cfg.optim.name == "sophia":
         found.every = cfg.optim.curvature.every
-        batches = [batch.to(engine.device) for batch in loader.micro_batches(0)]
         begin = time.perf_counter()
-        refresh_curvature(cfg, engine, loader, batches, 0)
+        refresh_curvature(cfg, engine, loader, 0)
         found.refresh = time.perf_counter() - begin
     plain = step_without_refresh(cfg)
     for step in range(warm_up, warm_up + steps):

@@ -135,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
         "--config", required=True, metavar="FILE", help="YAML, see flex/recipes/races/"
     )
     race.add_argument("--workers", type=int, metavar="N", help="runs at once (one per core)")
+    race.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="of all runs, such as data.path=FILE"
+    )
 
     data = group("data", "look at the training data")
     show = add(data, "show", _data_show, "print examples: which tokens bear loss")

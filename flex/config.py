@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -219,8 +220,8 @@ class CurvatureConfig(Section):
     warmup: Annotated[int, Field(ge=0)] = Field(
         0, description="refresh at each of the first N steps"
     )
-    micro_batches: Positive | None = Field(
-        None, description="micro-batches per refresh; none: all of the step"
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="share of a step's examples that a refresh uses; the paper: 240 of 480"
     )
     gamma: Annotated[float, Field(gt=0)] | None = Field(
         None,
@@ -228,6 +229,10 @@ class CurvatureConfig(Section):
         "`clipped`; none: 0.002 with a penalty in the gradient, 5 without",
     )
     eps: Annotated[float, Field(gt=0)] = Field(1e-12, description="floor of gamma * h")
+
+    def share_of(self, count: int) -> int:
+        """`share` of a step's `count` examples or micro-batches, rounded up."""
+        return math.ceil(round(self.share * count, 9))
 
 
 class OptimConfig(Section):

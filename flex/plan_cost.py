@@ -133,9 +133,12 @@ def step(job: Job, device: str = "cuda") -> list[Part]:
     once = micro_batch(job, device)
     found = [part.times(cfg.train.accumulation) for part in once]
     if cfg.optim.name == "sophia":
-        per_step = refreshes(job)
         estimate = Part("", 2.0 * share, 12.0 * share)
-        found.append(_sum("curvature refresh", [*once, estimate]).times(per_step))
+        work = cfg.optim.curvature.share_of(cfg.train.batch_size)
+        passes = _sum("", once).times(cfg.train.accumulation * work / cfg.train.batch_size)
+        estimates = estimate.times(refreshes(job) * cfg.optim.curvature.every)
+        refresh = _sum("curvature refresh", [passes, estimates])
+        found.append(refresh.times(1 / cfg.optim.curvature.every))
     if cfg.penalty.active:
         found.append(_penalty(job))
     norm = FP32 * share
@@ -149,8 +152,8 @@ def refreshes(job: Job) -> float:
     cfg = job.cfg
     if cfg.optim.name != "sophia":
         return 0.0
-    count = min(cfg.optim.curvature.micro_batches or cfg.train.accumulation, cfg.train.accumulation)
-    return count / cfg.optim.curvature.every
+    curvature = cfg.optim.curvature
+    return curvature.share_of(cfg.train.accumulation) / curvature.every
 
 
 def _penalty(job: Job) -> Part:

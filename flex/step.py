@@ -102,14 +102,14 @@ def refresh_is_due(cfg: RunConfig, step: int) -> bool:
 
 
 def refresh_curvature(
-    cfg: RunConfig, engine: Engine, loader: StepLoader, batches: list[Batch], step: int
+    cfg: RunConfig, engine: Engine, loader: StepLoader, step: int
 ) -> CurvatureStats:
     """Gauss-Newton-Bartlett: labels from the model's own softmax; per micro-batch B g^2; their mean into h."""
-    for m, batch in enumerate(batches[: cfg.optim.curvature.micro_batches]):
+    for batch, num_targets in loader.refresh_micro_batches(step):
+        batch = batch.to(engine.device)
         draws = uniform_draws(
             cfg.seed, step, batch.example_ids.tolist(), batch.targets_per_example()
         )
-        num_targets = loader.targets_of_micro_step(step, m)
         engine.backward(target_loss(engine.model, batch, engine.world / num_targets, draws))
         engine.add_curvature(num_targets)
     return engine.commit_curvature()
@@ -139,7 +139,7 @@ def train_step(
     stats = None
     if refresh_is_due(cfg, step):
         with named("refresh"):
-            stats = refresh_curvature(cfg, engine, loader, batches, step)
+            stats = refresh_curvature(cfg, engine, loader, step)
 
     total = torch.zeros((), dtype=torch.float64)
     last = len(batches) - 1

@@ -118,14 +118,40 @@ class StepLoader:
             )
         self.examples, self.rank, self.world, self.pad_id = examples, rank, world, pad_id
         self.accumulation, self.layout = accumulation, layout_of(cfg)
+        self._share_of = cfg.optim.curvature.share_of
         self.sequence = SampleSequence(len(examples), size, cfg.seed)
         self.total_steps = cfg.train.steps or math.ceil(cfg.train.epochs * len(examples) / size)
         self._targets = [example.num_targets for example in examples]
-        self._parts = lru_cache(maxsize=2)(self._deal)
+        self._parts = lru_cache(maxsize=2)(self._deal_step)
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This process's `train.accumulation` micro-batches of the 0-based step."""
         return [self._collate(parts[self.rank]) for parts in self._parts(step)]
+
+    def refresh_micro_batches(self, step: int) -> list[tuple[Batch, int]]:
+        """(this process's micro-batch, target tokens over all processes) of the refresh before the 0-based step.
+
+        The step's first draws, `optim.curvature.share` of them, so the same examples at any world size (unless
+        some process would have none), in micro-batches that are no larger than the step's.
+        """
+        micro_steps = self._refresh_parts(step)
+        return [
+            (
+                self._collate(ranks[self.rank]),
+                sum(self._targets[row] for part in ranks for _, row in part),
+            )
+            for ranks in micro_steps
+        ]
+
+    def refresh_positions(self, step: int) -> int:
+        """Tokens of the refresh before the 0-based step over all processes, padding not counted."""
+        rows = [row for ranks in self._refresh_parts(step) for part in ranks for _, row in part]
+        return sum(len(self.examples[row].input_ids) for row in rows)
+
+    def _refresh_parts(self, step: int) -> list[list[list[Draw]]]:
+        count, micro_steps = map(self._share_of, (self.sequence.batch_size, self.accumulation))
+        draws = self.sequence.draws(step)[: max(count, micro_steps * self.world)]
+        return self._deal(draws, micro_steps)
 
     def largest(self, start: int = 0) -> tuple[int, int]:
         """(0-based step, micro-step) of this process's largest micro-batch from step `start` on.
@@ -134,7 +160,7 @@ class StepLoader:
         """
         found, place = (-1, -1), (start, 0)
         for step in range(start, self.total_steps):
-            for m, ranks in enumerate(self._deal(step)):
+            for m, ranks in enumerate(self._deal_step(step)):
                 part = ranks[self.rank]
                 size = (self._size(part), sum(self._targets[row] for _, row in part))
                 if size > found:
@@ -167,25 +193,24 @@ class StepLoader:
         lengths = [len(self.examples[row].input_ids) for _, row in part]
         return max(lengths) * len(lengths) if self.layout == "grouped" else sum(lengths)
 
-    def targets_of_micro_step(self, step: int, micro_step: int) -> int:
-        """Target tokens of one micro-step over all processes."""
-        return sum(self._targets[row] for part in self._parts(step)[micro_step] for _, row in part)
-
     def _collate(self, part: list[Draw]) -> Batch:
         examples = [self.examples[row] for _, row in part]
         return collate(examples, [place for place, _ in part], self.layout, self.pad_id)
 
-    def _deal(self, step: int) -> list[list[list[Draw]]]:
-        """[micro-step][rank] -> draws.
+    def _deal_step(self, step: int) -> list[list[list[Draw]]]:
+        return self._deal(self.sequence.draws(step), self.accumulation)
+
+    def _deal(self, draws: list[Draw], count: int) -> list[list[list[Draw]]]:
+        """[micro-step][rank] -> draws, of `count` micro-steps.
 
         Parts of like weight share a micro-step, at the end of which processes wait for each other;
         the heaviest come first, so that a lack of memory shows at once. Every other micro-step is
         turned round, so that no process has the heavier part each time.
         """
-        rows = dict(self.sequence.draws(step))
+        rows = dict(draws)
         numbered: list[Numbered] = [(place, self.examples[row]) for place, row in rows.items()]
         split = group_by_length if self.layout == "grouped" else split_micro_batches
-        parts = split(numbered, self.world * self.accumulation)
+        parts = split(numbered, self.world * count)
         dealt = [[(place, rows[place]) for place, _ in part] for part in parts]
         micro_steps = [dealt[i : i + self.world] for i in range(0, len(dealt), self.world)]
         return [ranks[::-1] if m % 2 else ranks for m, ranks in enumerate(micro_steps)]

@@ -16,7 +16,7 @@ def race_command(args: argparse.Namespace) -> int:
     from flex.race.stages import hold
 
     check_counts(args, "workers")
-    race = load_race(Path(args.config))
+    race = load_race(Path(args.config), args.overrides)
     folder = Path(race.dir) / race.name
     workers = args.workers or len(os.sched_getaffinity(0))
     book = hold(race, folder, workers, lambda line: print(line, flush=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -136,8 +136,12 @@ class RaceConfig(Section):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load_race(path: Path) -> RaceConfig:
-    """Read a race from a YAML file. Raises ConfigError for anything wrong with it."""
+def load_race(path: Path, overrides: Sequence[str] = ()) -> RaceConfig:
+    """Read a race from a YAML file. Raises ConfigError for anything wrong with it.
+
+    Args:
+        overrides: key=value, for all runs; one in the file's `run.set` with the same key gives way.
+    """
     content = read_mapping(str(path))
     try:
         race = RaceConfig.model_validate(content)
@@ -164,6 +168,10 @@ def load_race(path: Path) -> RaceConfig:
             "the target is AdamW's loss at the full budget",
             "add 1.0 to budgets",
         )
+    given = {text.partition("=")[0] for text in overrides}
+    kept = (text for text in race.run.set if text.partition("=")[0] not in given)
+    run = race.run.model_copy(update={"set": (*kept, *overrides)})
+    race = race.model_copy(update={"run": run})
     race.shared()
     return race
 

@@ -28,7 +28,15 @@ def write_report(race: RaceConfig, book: Book, folder: Path) -> str:
     text = render(race, book, found)
     write_atomic(folder / "runs.csv", as_csv(book).encode())
     write_atomic(folder / "verdict.txt", text.encode())
-    content = {
+    content = summary(race, found)
+    write_atomic(folder / "verdict.json", (json.dumps(content, indent=1) + "\n").encode())
+    _plot(race, book, folder)
+    return text
+
+
+def summary(race: RaceConfig, found: Verdict) -> dict[str, Any]:
+    """What verdict.json holds; a ratio that was not reached is "inf", since JSON has no infinity."""
+    return {
         "race": race.name,
         "protocol": race.digest(),
         "words": found.words(),
@@ -39,9 +47,6 @@ def write_report(race: RaceConfig, book: Book, folder: Path) -> str:
             for name, each in {CHALLENGER: found.ratios, **found.others}.items()
         },
     }  # fmt: skip
-    write_atomic(folder / "verdict.json", (json.dumps(content, indent=1) + "\n").encode())
-    _plot(race, book, folder)
-    return text
 
 
 def as_csv(book: Book) -> str:

@@ -85,7 +85,7 @@ def run(cfg: RunConfig, permuted: bool = False) -> Outcome:
             steps += 1
             positions += report.positions
             if report.refreshed:
-                positions += _refresh_positions(cfg, loader, step)
+                positions += loader.refresh_positions(step)
             if report.clipped_fraction is not None:
                 clipped.append(report.clipped_fraction)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
@@ -118,12 +118,6 @@ def permute_curvature(optimizer: Sophia, seed: int) -> None:
         commit()
 
     optimizer.commit_curvature = commit_permuted  # type: ignore[method-assign]
-
-
-def _refresh_positions(cfg: RunConfig, loader: StepLoader, step: int) -> int:
-    """Tokens that the refresh before update `step` runs through the model."""
-    batches = loader.micro_batches(step)[: cfg.optim.curvature.micro_batches]
-    return sum(batch.num_positions for batch in batches)
 
 
 @lru_cache(maxsize=1)

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -31,8 +32,9 @@ def make_examples(n):
 EXAMPLES = make_examples(50)
 
 
-def config(batching="packed", **train):
-    return RunConfig(data={"batching": batching}, train=train)
+def config(batching="packed", refresh_share=0.5, **train):
+    optim = {"curvature": {"share": refresh_share}}
+    return RunConfig(data={"batching": batching}, train=train, optim=optim)
 
 
 def loader(rank=0, world=1, batching="packed", examples=EXAMPLES, **train):
@@ -121,13 +123,37 @@ def test_counts_are_known_without_communication(batching):
     loaders = [loader(r, 2, batching, batch_size=16, accumulation=4) for r in range(2)]
     for step in (0, 5):
         batches = [each.micro_batches(step) for each in loaders]
-        for m in range(4):
-            total = sum(rank[m].num_targets for rank in batches)
-            assert {each.targets_of_micro_step(step, m) for each in loaders} == {total}
         total = sum(batch.num_targets for rank in batches for batch in rank)
         assert {each.targets(step) for each in loaders} == {total}
         positions = sum(batch.num_positions for rank in batches for batch in rank)
         assert {each.positions(step) for each in loaders} == {positions}
+
+
+@pytest.mark.parametrize("batching", ["packed", "grouped"])
+@pytest.mark.parametrize(("share", "count"), [(0.5, 8), (0.3, 5), (1.0, 16)])
+def test_a_refresh_takes_the_same_examples_at_any_world_size_and_accumulation(
+    batching, share, count
+):
+    expected = [place for place, _ in SampleSequence(50, 16, seed=0).draws(3)][:count]
+    for world, accumulation in ((1, 1), (2, 1), (1, 4), (2, 2)):
+        options = {"batch_size": 16, "accumulation": accumulation, "refresh_share": share}
+        ranks = [loader(r, world, batching, **options) for r in range(world)]
+        found = [each.refresh_micro_batches(3) for each in ranks]
+        assert {len(each) for each in found} == {math.ceil(share * accumulation)}
+        places = [p for each in found for batch, _ in each for p in batch.example_ids.tolist()]
+        assert sorted(places) == expected
+        for micro_step in zip(*found, strict=True):
+            total = sum(batch.num_targets for batch, _ in micro_step)
+            assert {targets for _, targets in micro_step} == {total}
+        largest = max(b.input_ids.numel() for each in ranks for b in each.micro_batches(3))
+        assert max(b.input_ids.numel() for each in found for b, _ in each) <= 1.34 * largest
+        tokens = sum(batch.num_positions for each in found for batch, _ in each)
+        assert {each.refresh_positions(3) for each in ranks} == {tokens}
+
+
+def test_each_process_has_an_example_in_a_refresh():
+    ranks = [loader(r, 4, batch_size=4, refresh_share=0.1) for r in range(4)]
+    assert [len(each.refresh_micro_batches(0)[0][0].example_ids) for each in ranks] == [1] * 4
 
 
 def test_packed_ranks_carry_about_the_same():

@@ -204,7 +204,8 @@ def test_curvature_is_b_times_the_squared_gradient_of_sampled_labels(accumulatio
     expected = {name: torch.zeros_like(p) for name, p in parts.parameters.items()}
     reference = copy.deepcopy(parts.model)
     theirs = adapter_parameters(reference)
-    for batch in parts.loader.micro_batches(0):
+    batches = parts.loader.refresh_micro_batches(0)
+    for batch, _ in batches:
         reference.zero_grad()
         loss = torch.zeros(())
         for example_id in batch.example_ids.tolist():
@@ -215,7 +216,7 @@ def test_curvature_is_b_times_the_squared_gradient_of_sampled_labels(accumulatio
             loss = loss + F.cross_entropy(logits, labels, reduction="sum")
         (loss / batch.num_targets).backward()
         for name, p in theirs.items():
-            expected[name] += p.grad.square() * batch.num_targets / accumulation
+            expected[name] += p.grad.square() * batch.num_targets / len(batches)
     report = parts.step(0)
     beta = cfg.optim.betas[1]
     found = {
@@ -245,7 +246,7 @@ def test_the_curvature_is_refreshed_first_and_then_every_k_steps():
     assert [r.curvature_mean is not None for r in reports] == [r.refreshed for r in reports]
 
 
-def test_a_refresh_may_use_some_micro_batches(monkeypatch):
+def test_a_refresh_uses_its_share_of_the_examples(monkeypatch):
     calls = []
     original = Engine.add_curvature
     monkeypatch.setattr(
@@ -254,11 +255,13 @@ def test_a_refresh_may_use_some_micro_batches(monkeypatch):
     cfg = config(
         "sophia",
         train={"accumulation": 4},
-        optim={"curvature": {"every": 100, "micro_batches": 2}},
+        optim={"curvature": {"every": 100, "share": 0.5}},
     )
     parts = Parts(cfg)
     parts.run(2)
-    assert calls == [parts.loader.targets_of_micro_step(0, m) for m in range(2)]
+    rows = [row for _, row in parts.loader.sequence.draws(0)][: cfg.train.batch_size // 2]
+    assert len(calls) == 2
+    assert sum(calls) == sum(EXAMPLES[row].num_targets for row in rows)
 
 
 def test_a_dead_curvature_stops_the_run(monkeypatch):

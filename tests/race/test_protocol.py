@@ -34,6 +34,17 @@ def test_the_races_that_come_with_the_package_are_valid(path):
     assert load_race(path).name == path.stem
 
 
+def test_options_of_the_command_line_go_before_the_files(tmp_path):
+    path = tmp_path / "race.yaml"
+    path.write_text("name: a\nsteps: 10\nrun: {set: [model.name=shape:tiny, data.name=builtin]}\n")
+    changed = load_race(path, ["data.language=java", "model.name=shape:small"])
+    assert changed.shared().data.language == "java"
+    assert changed.shared().model.name == "shape:small"
+    assert changed.digest() != load_race(path).digest()
+    with pytest.raises(ConfigError, match="optim.lrr"):
+        load_race(path, ["optim.lrr=1"])
+
+
 def test_ranges_are_searched_evenly_in_their_own_measure():
     assert Range(1e-4, 1e-2, log=True).at(0.5) == pytest.approx(1e-3)
     assert Range(0.9, 0.999, complement=True).at(0.5) == pytest.approx(0.99)
