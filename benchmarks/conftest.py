@@ -32,8 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="result files (benchmarks/results)",
     )
     group.addoption("--no-results", action="store_true", help="print the table, write nothing")
-    group.addoption("--mbpp", metavar="FILE", type=Path, help="mbpp.jsonl; none: from the Hub")
-    group.addoption("--steps", metavar="N", type=int, default=10, help="timed steps a run (10)")
+    group.addoption(
+        "--mbpp", metavar="FILE", type=Path, help="mbpp.jsonl; none: the built-in tasks"
+    )
+    group.addoption(
+        "--steps", metavar="N", type=int, default=5, help="timed steps of a training run (5)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

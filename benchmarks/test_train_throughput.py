@@ -19,15 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import contestants
 import train_throughput as contest
 
-STEPS = 3  # timed, each twice or more as long as all that precedes the first one
-
 
 @pytest.fixture
 def found(bench: Bench, tmp_path, monkeypatch):
     """Runs of the fast set by side, and words for sides that have none."""
     if bench.session.lacks_gpu:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    steps = 2 if bench.tiny else STEPS
+    steps = 2 if bench.tiny else bench.config.getoption("--steps")
     mbpp = bench.config.getoption("--mbpp")
     job = contestants.make_job(tmp_path, steps, mbpp and mbpp.resolve(), bench.tiny)
     runs: dict[str, contestants.Run | Missing] = {}

@@ -74,7 +74,7 @@ SETUPS = (
 FAST = (
     "FLeX, ZeRO-0, 2 processes",
     "PEFT + Trainer, eager, DDP, 2 x 2 x 4",
-    "TRL, packing, sdpa, DDP, 2 x 4 x 2",
+    "TRL, packing, sdpa, 4 x 4",
     "loop, eager, 2 processes, 2 x 2 x 4",
 )
 # ours / peer: seconds a token
