@@ -115,9 +115,8 @@ def best(runs: list[Run]) -> Run:
 
 def tuned(race: RaceConfig, book: Book, entrant: str, budget: float) -> Settings:
     """The settings an entrant is evaluated with: the best trial's, with the best rate at `budget`."""
-    if budget == 1.0:
-        return best(book.of("tune", entrant)).settings
-    return best(book.of("rate", entrant, budget)).settings
+    trials = book.of("tune", entrant) if budget == 1.0 else []
+    return best(trials + book.of("rate", entrant, budget)).settings
 
 
 def hold(race: RaceConfig, folder: Path, workers: int, say: Callable[[str], None] = print) -> Book:
@@ -163,11 +162,13 @@ def _tuning(race: RaceConfig) -> Iterator[Planned]:
 
 
 def _rates(race: RaceConfig, book: Book) -> Iterator[Planned]:
-    """The rate is tuned anew at each other budget: a shorter run wants a higher one."""
+    """The rate is tuned anew at each budget, a shorter run wants a higher one; the full one's trials count as well."""
     for budget in race.budgets:
-        for entrant in race.entrants if budget != 1.0 else ():
+        for entrant in race.entrants:
             chosen = best(book.of("tune", entrant)).settings
             for factor in race.rates:
+                if budget == factor == 1.0:
+                    continue  # that is the best trial
                 rate = float(f"{chosen['optim.lr'] * factor:.4g}")
                 yield "rate", entrant, budget, TUNING_SEED, {**chosen, "optim.lr": rate}
 

@@ -157,8 +157,8 @@ def test_a_killed_race_goes_on_and_ends_the_same(tmp_path, fake_runs):
     small = race(entrants=("adamw", "sophia", "sophia-permuted"), steps=40)
     whole = as_csv(hold(small, tmp_path / "whole", **silent))
     expected = list(calls)
-    # 3 x 3 trials, 3 x 2 rates at the other budget, 3 x 2 budgets x 2 seeds
-    assert len(expected) == len(set(expected)) == 9 + 6 + 12
+    # 3 x 3 trials, 3 x 2 rates at the other budget and 3 x 1 at the full one, 3 x 2 budgets x 2 seeds
+    assert len(expected) == len(set(expected)) == 9 + 9 + 12
     target = next(i for i, key in enumerate(expected) if key.startswith("evaluate sophia"))
     assert sum(key.startswith("evaluate adamw") for key in expected[:target]) == 4
     for stop in (2, 11, 17, 20):
