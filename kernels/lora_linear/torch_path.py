@@ -26,7 +26,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and S (M, r) of x (M, K) by torch's own products; `scale` is alpha / r / (1 - p)."""
     scaled_b = scaled(lora_b, scale, x.dtype)
-    if (run := skinny_native.library_for(x, lora_a.shape[0])) is not None:
+    if (run := skinny_native.library_for(x, lora_a.shape[0], dropout_p)) is not None:
         row = None if bias is None else bias.to(x.dtype)
         factors = (lora_a.to(x.dtype), scaled_b, row, dropout_p, seed)
         y_mn, s_mr = skinny_native.forward(run, x, *factors)
@@ -65,7 +65,7 @@ def backward(
     ds_mr = dy @ scaled(lora_b, scale, dy.dtype) if need_x or need_a else None
     x, s_mr = x if need_a else None, s_mr if need_b else None
     options = (scale, dropout_p, seed, need_x)
-    if (run := skinny_native.library_for(dy, lora_a.shape[0])) is not None:
+    if (run := skinny_native.library_for(dy, lora_a.shape[0], dropout_p)) is not None:
         cast = lora_a.to(dy.dtype)
         dx, da, db = skinny_native.backward(run, dy, x, s_mr, ds_mr, cast, *options)
     else:

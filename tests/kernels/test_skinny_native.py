@@ -25,7 +25,8 @@ CASES = [
     (1, 1, 1, 1, 0.0, True),
     (45, 33, 70, 3, 0.3, False),
     (257, 31, 65, 16, 0.3, True),
-    (34, 96, 7, 9, 0.0, False),
+    (33, 40, 32, 17, 0.3, False),
+    (34, 96, 7, 8, 0.0, False),
 ]
 
 
@@ -168,9 +169,11 @@ def test_without_a_compiler_torch_multiplies(
 
 def test_what_it_does_not_take() -> None:
     x = torch.ones(2, 2)
-    assert native.library_for(x, 8) is None
-    assert native.library_for(x.bfloat16(), native.MAX_RANK + 1) is None
-    assert native.library_for(x.bfloat16(), native.MAX_RANK) is native.library()
+    taken = native.library()
+    for p, limit in ((0.1, native.MAX_RANK), (0.0, native.MAX_RANK_WITHOUT_DROPOUT)):
+        assert native.library_for(x, 8, p) is None
+        assert native.library_for(x.bfloat16(), limit + 1, p) is None
+        assert native.library_for(x.bfloat16(), limit, p) is taken is not None
 
 
 BUGS = {
