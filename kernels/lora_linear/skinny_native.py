@@ -1,0 +1,182 @@
+"""The low-rank products on a CPU, bf16: x, dY and what the frozen GEMM accumulates onto pass through memory once.
+
+torch's GEMM takes 1.3 to 1.5 ms for a product of rank 8 over 1728 x 1536 (one core, Sapphire Rapids), five times what
+its bytes take, and its dropout is a mask and a masked copy besides. Legend: api.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..native_build import compile_or_warn, in_shares
+from .dropout import dropped_lanes
+from .skinny_source import SOURCE
+
+# Where the low-rank products of a layer took less than by torch (1728 x 576 x 1536): r 8 less by a third to a half, 16
+# less with dropout but a quarter more without, 32 a tenth more with it.
+MAX_RANK, MAX_RANK_WITHOUT_DROPOUT = 16, 8
+LANES = 32  # columns of a vector: 16 words of two bf16
+RANKS = 8  # of a panel: 16 accumulators with the even and the odd columns
+BLOCK = 256  # rows whose part of dA and dB is summed on its own, however many threads there are
+
+POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+ARGUMENTS = {
+    "pack": (POINTER, *[LONG] * 4, POINTER),
+    "unpack": (POINTER, *[LONG] * 3, FLOAT, POINTER, LONG, LONG),
+    "fill_keys": (ctypes.c_uint64, LONG, LONG, POINTER),
+    "forward": (POINTER, *[LONG] * 5, *[POINTER] * 4, INT, *[POINTER] * 2, LONG, LONG),
+    "backward": (
+        POINTER,
+        LONG,
+        POINTER,
+        *[LONG] * 5,
+        *[POINTER] * 4,
+        INT,
+        *[POINTER] * 3,
+        LONG,
+        LONG,
+    ),
+}
+
+
+@functools.cache  # one attempt per process
+def library() -> ctypes.CDLL | None:
+    """The compiled SOURCE; None, and one line in the log, if it cannot be compiled or loaded."""
+    what = "lora_linear: the C source of the low-rank products"
+    # The vectors are explicit: -O2 is as fast as -O3 and compiles in half the time.
+    flags = ("-O2", "-ffp-contract=fast", "-mprefer-vector-width=512", "-Wno-psabi")
+    found = compile_or_warn("skinny", SOURCE, what, "PyTorch's products", flags)
+    if found is None:
+        return None
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, None
+    return found
+
+
+def library_for(like: Tensor, rank: int, dropout_p: float) -> ctypes.CDLL | None:
+    """The library, if it takes `like` (x or dY) and is faster at this rank: bf16 on a CPU, few ranks."""
+    limit = MAX_RANK if dropout_p > 0 else MAX_RANK_WITHOUT_DROPOUT
+    takes = like.device.type == "cpu" and like.dtype == torch.bfloat16 and rank <= limit
+    return library() if takes else None
+
+
+def forward(
+    run: ctypes.CDLL,
+    x: Tensor,
+    lora_a: Tensor,
+    scaled_b: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: int | None,
+) -> tuple[Tensor, Tensor]:
+    """S (sB)^T + bias (M, N) and S (M, r): x (M, K), A (r, K), sB (N, r), bias (N,), all bf16."""
+    (rows, inputs), (outputs, rank) = x.shape, scaled_b.shape
+    y, b = x.new_empty(rows, outputs), _packed(run, scaled_b.t())
+    row = None if bias is None else _packed(run, bias[None])
+    keys, least = _keys(run, dropout_p, seed, rows, inputs)
+    if keys is None:  # nothing to mask: torch's product needs no second look at x
+        kept, a, s = None, None, (x @ lora_a.t()).contiguous()
+    else:
+        kept, a, s = _rows(x), _packed(run, lora_a), x.new_empty(rows, rank)
+    sizes = (_stride(kept), rows, inputs, outputs, rank)
+    pointers = (_at(a), _at(b), _at(row), _at(keys), least, _at(s), _at(y))
+    _over_blocks(
+        lambda i, j: run.forward(_at(kept), *sizes, *pointers, i, j), rows, inputs + outputs
+    )
+    return y, s
+
+
+def backward(
+    run: ctypes.CDLL,
+    dy: Tensor,
+    x: Tensor | None,
+    s_mr: Tensor | None,
+    ds_mr: Tensor | None,
+    lora_a: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: int | None,
+    need_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """keep * (dS A) (M, K) in bf16 if `need_x`, dA (r, K) of `x` and dB (N, r) of S, fp32, where they are given.
+
+    Args: dy (M, N), x (M, K), s_mr (M, r), ds_mr (M, r) unless only dB is asked for, lora_a (r, K): bf16.
+    """
+    dy = _rows(dy)
+    x = None if x is None else _rows(x)
+    s_mr = None if s_mr is None else s_mr.contiguous()
+    ds_mr = None if ds_mr is None else ds_mr.contiguous()
+    (rank, inputs), (rows, outputs) = lora_a.shape, dy.shape
+    a = _packed(run, lora_a) if need_x else None
+    keys, least = _keys(run, 0.0 if ds_mr is None else dropout_p, seed, rows, inputs)
+    dx = dy.new_empty(rows, inputs) if need_x else None
+    db = None if s_mr is None else _parts(rows, rank, outputs)
+    da = None if x is None else _parts(rows, rank, inputs)
+    sizes = (_stride(x), rows, inputs, outputs, rank)
+    pointers = (_at(a), _at(s_mr), _at(ds_mr), _at(keys), least, _at(db), _at(da), _at(dx))
+    _over_blocks(
+        lambda i, j: run.backward(_at(dy), dy.stride(0), _at(x), *sizes, *pointers, i, j),
+        rows,
+        inputs + outputs,
+    )
+    grad_a = None if da is None else _summed(run, da, torch.empty(rank, inputs), 1.0)
+    grad_b = None if db is None else torch.empty(outputs, rank)
+    if db is not None and grad_b is not None:
+        _summed(run, db, grad_b.t(), scale)
+    return dx, grad_a, grad_b
+
+
+def _over_blocks(work: Callable[[int, int], None], rows: int, columns: int) -> None:
+    if rows:
+        in_shares(work, -(-rows // BLOCK), rows * columns)
+
+
+def _keys(
+    run: ctypes.CDLL, p: float, seed: int | None, rows: int, columns: int
+) -> tuple[Tensor | None, int]:
+    """The keys of `keep_mask`, of words up to the end of a vector, and the least lane that is kept."""
+    if p == 0:
+        return None, 0
+    assert seed is not None
+    words = -(-columns // LANES) * LANES // 2
+    keys = torch.empty(2, rows + words, dtype=torch.int32)
+    run.fill_keys(seed, rows, words, _at(keys))
+    return keys, dropped_lanes(p) - 32768
+
+
+def _packed(run: ctypes.CDLL, a: Tensor) -> Tensor:
+    """Panels of a (rank, size): fp32, RANKS by LANES of them."""
+    rank, size = a.shape
+    out = torch.empty(-(-rank // RANKS) * RANKS, -(-size // LANES) * LANES)
+    run.pack(_at(a), a.stride(0), a.stride(1), rank, size, _at(out))
+    return out
+
+
+def _parts(rows: int, rank: int, size: int) -> Tensor:
+    return torch.empty(-(-rows // BLOCK), -(-rank // RANKS) * RANKS, -(-size // LANES) * LANES)
+
+
+def _summed(run: ctypes.CDLL, parts: Tensor, out: Tensor, scale: float) -> Tensor:
+    """out (rank, size) = scale * the sum of `parts`."""
+    rank, size = out.shape
+    run.unpack(_at(parts), len(parts), rank, size, scale, _at(out), out.stride(0), out.stride(1))
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with the elements of a row side by side."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
