@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flex.kernels.pointwise import causal_softmax_, causal_softmax_backward_
+
 MAX_LENGTH = (
     640  # 9 heads x 640^2 bf16 = 7 MB a document and layer; above it flash attention is as fast
 )
@@ -121,10 +123,7 @@ class _BucketedAttention(torch.autograd.Function):
         outputs, saved = [], []
         for bucket in plan.buckets:
             q, k, v = (_take(x, bucket, heads) for x in (query, key, value))
-            scores = torch.baddbmm(
-                _causal(bucket.length, groups, q.dtype), q, k.transpose(1, 2), alpha=scale
-            )
-            p = torch.softmax(scores, -1)
+            p = causal_softmax_(torch.bmm(q, k.transpose(1, 2)), groups, scale)
             outputs.append(_rows(torch.bmm(p, v), heads, groups))
             saved += [q, k, v, p]
         ctx.save_for_backward(*saved)
@@ -140,9 +139,9 @@ class _BucketedAttention(torch.autograd.Function):
             g = _take(grad, bucket, ctx.heads, clear_padding=True)
             dv = torch.bmm(p.transpose(1, 2), g)
             dp = torch.bmm(g, v.transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq = torch.bmm(ds, k).mul_(ctx.scale)
-            dk = torch.bmm(ds.transpose(1, 2), q).mul_(ctx.scale)
+            ds = causal_softmax_backward_(p, dp, ctx.groups, ctx.scale)
+            dq = torch.bmm(ds, k)
+            dk = torch.bmm(ds.transpose(1, 2), q)
             for rows, part, groups in zip(found, (dq, dk, dv), (ctx.groups, 1, 1), strict=True):
                 rows.append(_rows(part, ctx.heads, groups))
         dq, dk, dv = (_put(parts, ctx.plan) for parts in found)
@@ -166,9 +165,3 @@ def _put(parts: list[Tensor], plan: Plan) -> Tensor:
     """The buckets' rows (J, docs length, G, D) back in the packed row's order, (T, J G, D)."""
     rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return rows.transpose(0, 1).index_select(0, plan.inverse).flatten(1, 2)
-
-
-def _causal(length: int, groups: int, dtype: torch.dtype) -> Tensor:
-    """(length G, length): -inf where a query row would see a later position."""
-    mask = torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
-    return mask.repeat_interleave(groups, 0) if groups > 1 else mask
