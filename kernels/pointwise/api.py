@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and the softmax of causal attention: the C functions where they take the tensors, else the reference."""
+"""RMSNorm, SwiGLU and the softmax of causal attention: the C functions where they take the tensors, else references."""
 
 from __future__ import annotations
 
