@@ -109,18 +109,18 @@ void causal_softmax(bf16 *restrict scores, int64_t begin, int64_t end, int32_t l
     for (int64_t row = begin; row < end; row++) {
         bf16 *p = scores + row * length;
         const int32_t seen = (int32_t)(row / groups % length) + 1;
+        /* Whole vectors: the odd ends would be half of a short row. Exponents of -inf add exp(-60), below a sum's
+           last bit. */
+        const int32_t whole = (seen + 15) / 16 * 16, here = whole < length ? whole : length;
         float most = -__builtin_inff(), sum = 0.0f;
+        for (int32_t i = 0; i < here; i++) e[i] = scale * wide(p[i]);
+        for (int32_t i = seen; i < whole; i++) e[i] = -__builtin_inff();
 #pragma omp simd reduction(max : most)
-        for (int32_t i = 0; i < seen; i++) {
-            e[i] = scale * wide(p[i]);
-            most = e[i] > most ? e[i] : most;
-        }
-        const int32_t whole = (seen + 15) / 16 * 16; /* whole vectors: single exponentials are half of a short row */
-        for (int32_t i = seen; i < whole; i++) e[i] = -__builtin_inff(); /* adds exp(-60), below a sum's last bit */
+        for (int32_t i = 0; i < whole; i++) most = e[i] > most ? e[i] : most;
 #pragma omp simd reduction(+ : sum)
         for (int32_t i = 0; i < whole; i++) sum += e[i] = exponential(e[i] - most);
         const float share = 1.0f / sum;
-        for (int32_t i = 0; i < seen; i++) p[i] = narrow(e[i] * share);
+        for (int32_t i = 0; i < here; i++) p[i] = narrow(e[i] * share);
         for (int32_t i = seen; i < length; i++) p[i] = 0;
     }
 }
