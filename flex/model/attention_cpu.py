@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flex.kernels.pointwise import causal_softmax_, causal_softmax_backward_
+
 MAX_LENGTH = (
     640  # 9 heads x 640^2 bf16 = 7 MB a document and layer; above it flash attention is as fast
 )
-PADDING = 1.15  # documents share a batch if the longest is at most this much longer
+ALONE = 96  # longer documents are products by themselves: slices are cheaper than gathers, and nothing is padded
+PADDING = 1.15  # shorter documents share a batch if the longest is at most this much longer
 
 
 @dataclass(frozen=True)
@@ -29,46 +32,34 @@ class _Bucket:
     """Documents padded to one length, as rows of the packed row; padding repeats its first position."""
 
     length: int
-    index: Tensor  # (docs * length,) positions in the packed row
-    valid: Tensor | None  # (docs * length, 1, 1) bool; none: nothing is padded
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the documents of one packed row are batched; `inverse` (T,) finds each position in the buckets' rows."""
-
-    buckets: tuple[_Bucket, ...]
-    inverse: Tensor
+    rows: Tensor | slice  # (docs * length,) positions in the packed row; a slice: one document
+    valid: Tensor | None = None  # (docs * length,) bool; none: nothing is padded
 
 
 @lru_cache(maxsize=16)  # all layers of a step, forward and backward, share the plan of its batch
-def make_plan(lengths: tuple[int, ...]) -> Plan:
-    """Buckets of documents alike in length, for documents of `lengths` end to end."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    groups: list[list[int]] = []
+def make_plan(lengths: tuple[int, ...]) -> tuple[_Bucket, ...]:
+    """Long documents alone, buckets of short ones alike in length, for documents of `lengths` end to end."""
+    starts = [0, *accumulate(lengths)]
+    buckets, groups = [], list[list[int]]()
     for d in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
-        if groups and lengths[groups[-1][0]] <= PADDING * lengths[d]:
+        if lengths[d] > ALONE:
+            buckets.append(_Bucket(lengths[d], slice(starts[d], starts[d + 1])))
+        elif groups and lengths[groups[-1][0]] <= PADDING * lengths[d]:
             groups[-1].append(d)
         else:
             groups.append([d])
-    buckets, inverse, before = [], torch.empty(starts[-1], dtype=torch.int64), 0
     for group in groups:
         longest = lengths[group[0]]
         steps = torch.arange(longest)
         begin = torch.tensor([starts[d] for d in group])[:, None]
         valid = steps < torch.tensor([lengths[d] for d in group])[:, None]
-        index = torch.where(valid, begin + steps, 0)
-        inverse[index[valid]] = before + valid.flatten().nonzero().squeeze(1)
-        before += valid.numel()
-        mask = None if bool(valid.all()) else valid.view(-1, 1, 1)
-        buckets.append(_Bucket(longest, index.flatten(), mask))
-    return Plan(tuple(buckets), inverse)
+        rows = torch.where(valid, begin + steps, 0).flatten()
+        buckets.append(_Bucket(longest, rows, None if bool(valid.all()) else valid.flatten()))
+    return tuple(buckets)
 
 
 def bucketed_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float
+    query: Tensor, key: Tensor, value: Tensor, plan: tuple[_Bucket, ...], scale: float
 ) -> Tensor:
     """softmax(scale Q K^T, causal within each document) V.
 
@@ -115,60 +106,59 @@ class _BucketedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: tuple[_Bucket, ...],
+        scale: float,
     ) -> Tensor:
         heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-        outputs, saved = [], []
-        for bucket in plan.buckets:
+        y, saved = torch.empty_like(query, memory_format=torch.contiguous_format), []
+        for bucket in plan:
             q, k, v = (_take(x, bucket, heads) for x in (query, key, value))
-            scores = torch.baddbmm(
-                _causal(bucket.length, groups, q.dtype), q, k.transpose(1, 2), alpha=scale
-            )
-            p = torch.softmax(scores, -1)
-            outputs.append(_rows(torch.bmm(p, v), heads, groups))
+            p = causal_softmax_(torch.bmm(q, k.transpose(1, 2)), groups, scale)
+            _put(y, torch.bmm(p, v), bucket, heads)
             saved += [q, k, v, p]
         ctx.save_for_backward(*saved)
         ctx.plan, ctx.scale, ctx.heads, ctx.groups = plan, scale, heads, groups
-        return _put(outputs, plan)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        found: tuple[list[Tensor], ...] = ([], [], [])
-        for bucket, q, k, v, p in zip(ctx.plan.buckets, saved, saved, saved, saved, strict=True):
-            g = _take(grad, bucket, ctx.heads, clear_padding=True)
-            dv = torch.bmm(p.transpose(1, 2), g)
+        count, (width, heads) = len(grad), (grad.shape[2], ctx.heads)
+        dquery = grad.new_empty(count, heads * ctx.groups, width)
+        dkey, dvalue = grad.new_empty(count, heads, width), grad.new_empty(count, heads, width)
+        for bucket, q, k, v, p in zip(ctx.plan, saved, saved, saved, saved, strict=True):
+            g = _take(grad, bucket, heads, clear_padding=True)
+            _put(dvalue, torch.bmm(p.transpose(1, 2), g), bucket, heads)
             dp = torch.bmm(g, v.transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq = torch.bmm(ds, k).mul_(ctx.scale)
-            dk = torch.bmm(ds.transpose(1, 2), q).mul_(ctx.scale)
-            for rows, part, groups in zip(found, (dq, dk, dv), (ctx.groups, 1, 1), strict=True):
-                rows.append(_rows(part, ctx.heads, groups))
-        dq, dk, dv = (_put(parts, ctx.plan) for parts in found)
-        return dq, dk, dv, None, None
+            ds = causal_softmax_backward_(p, dp, ctx.groups, ctx.scale)
+            _put(dquery, torch.bmm(ds, k), bucket, heads)
+            _put(dkey, torch.bmm(ds.transpose(1, 2), q), bucket, heads)
+        return dquery, dkey, dvalue, None, None
 
 
 def _take(x: Tensor, bucket: _Bucket, heads: int, clear_padding: bool = False) -> Tensor:
     """(T, J G, D) -> (J docs, length G, D), the bucket's positions; padding holds another's values, or zeros."""
-    rows = x.unflatten(1, (heads, -1)).transpose(0, 1).index_select(1, bucket.index)
+    at = bucket.rows
+    rows = x[at] if isinstance(at, slice) else x.index_select(0, at)
+    rows = rows.unflatten(1, (heads, -1)).transpose(0, 1)
     if clear_padding and bucket.valid is not None:
-        rows *= bucket.valid
-    return rows.view(heads * (len(bucket.index) // bucket.length), -1, x.shape[-1])
+        rows = rows * bucket.valid.view(-1, 1, 1)
+    docs = rows.shape[1] // bucket.length
+    return rows.reshape(heads * docs, -1, x.shape[-1])  # contiguous: bmm copies slices
 
 
-def _rows(x: Tensor, heads: int, groups: int) -> Tensor:
-    """(J docs, length G, D) -> (J, docs length, G, D), a view."""
-    return x.view(heads, -1, groups, x.shape[-1])
-
-
-def _put(parts: list[Tensor], plan: Plan) -> Tensor:
-    """The buckets' rows (J, docs length, G, D) back in the packed row's order, (T, J G, D)."""
-    rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return rows.transpose(0, 1).index_select(0, plan.inverse).flatten(1, 2)
-
-
-def _causal(length: int, groups: int, dtype: torch.dtype) -> Tensor:
-    """(length G, length): -inf where a query row would see a later position."""
-    mask = torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
-    return mask.repeat_interleave(groups, 0) if groups > 1 else mask
+def _put(to: Tensor, x: Tensor, bucket: _Bucket, heads: int) -> None:
+    """The inverse of `_take`: (J docs, length G, D) into the bucket's positions of `to`, (T, J G, D)."""
+    rows = x.view(heads, -1, to.shape[1] // heads, x.shape[-1]).transpose(0, 1)
+    if isinstance(bucket.rows, slice):
+        to[bucket.rows].unflatten(1, (heads, -1)).copy_(rows)
+        return
+    positions = bucket.rows
+    if bucket.valid is not None:
+        positions, rows = positions[bucket.valid], rows[bucket.valid]
+    to.index_copy_(0, positions, rows.flatten(1, 2))

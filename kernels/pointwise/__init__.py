@@ -1,9 +1,25 @@
-"""What stands between a decoder's products: RMSNorm and SwiGLU, forward and backward in one pass each, on a CPU.
+"""What stands between a decoder's products: RMSNorm, SwiGLU and attention's softmax, on a CPU in one
+pass each, forward and backward.
 
 from flex.kernels.pointwise import rms_norm, swiglu
 """
 
-from .api import rms_norm, swiglu, takes
-from .reference import rms_norm_reference, swiglu_reference
+from .api import causal_softmax_, causal_softmax_backward_, rms_norm, swiglu, takes
+from .reference import (
+    causal_softmax_backward_reference,
+    causal_softmax_reference,
+    rms_norm_reference,
+    swiglu_reference,
+)
 
-__all__ = ["rms_norm", "rms_norm_reference", "swiglu", "swiglu_reference", "takes"]
+__all__ = [
+    "causal_softmax_",
+    "causal_softmax_backward_",
+    "causal_softmax_backward_reference",
+    "causal_softmax_reference",
+    "rms_norm",
+    "rms_norm_reference",
+    "swiglu",
+    "swiglu_reference",
+    "takes",
+]

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU: the C functions where they take the tensors, the reference elsewhere."""
+"""RMSNorm, SwiGLU and the softmax of causal attention: the C functions where they take the tensors, else references."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from torch.autograd.function import once_differentiable
 
 from ..native_build import in_shares
 from ..runtime import require
-from .native import library
-from .reference import rms_norm_reference, swiglu_reference
+from .native import LONGEST, library
+from .reference import (
+    causal_softmax_backward_reference,
+    causal_softmax_reference,
+    rms_norm_reference,
+    swiglu_reference,
+)
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -41,6 +46,50 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if not takes(gate, up):
         return swiglu_reference(gate, up)
     return _SwiGlu.apply(gate, up)
+
+
+def causal_softmax_(scores: Tensor, groups: int, scale: float) -> Tensor:
+    """softmax(scale * scores) over what each row sees, 0 elsewhere; not differentiable by itself.
+
+    Args:
+        scores: (B, length * groups, length), contiguous; row r is of position r // groups and sees the positions up
+            to its own. Overwritten on the fast path. What a row does not see is never read there, so it may be NaN.
+
+    Returns: (B, length * groups, length), `scores` itself on the fast path.
+
+    Raises: ValueError: the shape is not that, or not contiguous.
+    """
+    _require_scores(scores, groups)
+    if not takes(scores) or scores.shape[-1] > LONGEST:
+        return causal_softmax_reference(scores, groups, scale)
+    run, pointer, length = _c().causal_softmax, scores.data_ptr(), scores.shape[-1]
+    rows = scores.numel() // max(1, length)
+    in_shares(lambda a, b: run(pointer, a, b, length, groups, scale), rows, scores.numel())
+    return scores
+
+
+def causal_softmax_backward_(
+    probabilities: Tensor, dp: Tensor, groups: int, scale: float
+) -> Tensor:
+    """The scores' gradient, from what `causal_softmax_` returned and its gradient, `dp`, overwritten on the fast path.
+
+    Raises: ValueError: the shapes differ, or are not `causal_softmax_`'s.
+    """
+    require(dp.shape == probabilities.shape, "dp.shape", tuple(dp.shape), "the probabilities'")
+    _require_scores(dp, groups)
+    if not takes(probabilities, dp):
+        return causal_softmax_backward_reference(probabilities, dp, groups, scale)
+    probabilities = probabilities.contiguous()
+    p, d, length = probabilities.data_ptr(), dp.data_ptr(), dp.shape[-1]
+    run, rows = _c().causal_softmax_backward, dp.numel() // max(1, length)
+    in_shares(lambda a, b: run(p, d, a, b, length, groups, scale), rows, dp.numel())
+    return dp
+
+
+def _require_scores(scores: Tensor, groups: int) -> None:
+    rows, length = scores.shape[-2:]
+    require(rows == length * groups, "scores.shape", tuple(scores.shape), f"{length * groups} rows")
+    require(scores.is_contiguous(), "scores.stride", scores.stride(), "contiguous")
 
 
 class _RmsNorm(torch.autograd.Function):

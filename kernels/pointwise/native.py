@@ -101,13 +101,55 @@ void swiglu_backward(const bf16 *restrict gate, const bf16 *restrict up, const b
         dgate[i] = narrow(d * wide(up[i]) * (s * (1.0f + g * (1.0f - s))));
     }
 }
+
+/* In place: row r sees the first r / groups % length + 1 of its `length` scores; the rest become 0, unread. */
+void causal_softmax(bf16 *restrict scores, int64_t begin, int64_t end, int32_t length, int32_t groups, float scale)
+{
+    float e[LONGEST];
+    for (int64_t row = begin; row < end; row++) {
+        bf16 *p = scores + row * length;
+        const int32_t seen = (int32_t)(row / groups % length) + 1;
+        /* Whole vectors: the odd ends would be half of a short row. Exponents of -inf add exp(-60), below a sum's
+           last bit. */
+        const int32_t whole = (seen + 15) / 16 * 16, here = whole < length ? whole : length;
+        float most = -__builtin_inff(), sum = 0.0f;
+        for (int32_t i = 0; i < here; i++) e[i] = scale * wide(p[i]);
+        for (int32_t i = seen; i < whole; i++) e[i] = -__builtin_inff();
+#pragma omp simd reduction(max : most)
+        for (int32_t i = 0; i < whole; i++) most = e[i] > most ? e[i] : most;
+#pragma omp simd reduction(+ : sum)
+        for (int32_t i = 0; i < whole; i++) sum += e[i] = exponential(e[i] - most);
+        const float share = 1.0f / sum;
+        for (int32_t i = 0; i < here; i++) p[i] = narrow(e[i] * share);
+        for (int32_t i = seen; i < length; i++) p[i] = 0;
+    }
+}
+
+/* In place: dp becomes scale p (dp - sum(p dp)), 0 where the row does not see. */
+void causal_softmax_backward(const bf16 *restrict probabilities, bf16 *restrict dp, int64_t begin, int64_t end,
+                             int32_t length, int32_t groups, float scale)
+{
+    for (int64_t row = begin; row < end; row++) {
+        const bf16 *p = probabilities + row * length;
+        bf16 *d = dp + row * length;
+        const int32_t seen = (int32_t)(row / groups % length) + 1;
+        float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+        for (int32_t i = 0; i < seen; i++) dot += wide(p[i]) * wide(d[i]);
+        for (int32_t i = 0; i < seen; i++) d[i] = narrow(scale * wide(p[i]) * (wide(d[i]) - dot));
+        for (int32_t i = seen; i < length; i++) d[i] = 0;
+    }
+}
 """
+LONGEST = 4096  # scores of a row: 16 KiB of a thread's stack
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 ARGUMENTS = {
     "rms_norm": (*[POINTER] * 4, LONG, LONG, INT, FLOAT),
     "rms_norm_backward": (*[POINTER] * 5, LONG, LONG, INT),
     "swiglu": (*[POINTER] * 3, LONG, LONG),
     "swiglu_backward": (*[POINTER] * 5, LONG, LONG),
+    "causal_softmax": (POINTER, LONG, LONG, INT, INT, FLOAT),
+    "causal_softmax_backward": (POINTER, POINTER, LONG, LONG, INT, INT, FLOAT),
 }
 
 
@@ -116,8 +158,8 @@ def library() -> ctypes.CDLL | None:
     """The compiled SOURCE; None, and one line in the log, if it cannot be compiled or loaded."""
     # simd: sums may be taken in another order; no OpenMP runtime comes with it. Contracted products: a quarter
     # to a half of SwiGLU's time, and everything is rounded to bf16 afterwards.
-    flags = ("-fopenmp-simd", "-ffp-contract=fast")
-    what = "pointwise: the C source of RMSNorm and SwiGLU"
+    flags = ("-fopenmp-simd", "-ffp-contract=fast", f"-DLONGEST={LONGEST}")
+    what = "pointwise: the C source of RMSNorm, SwiGLU and attention's softmax"
     found = compile_or_warn("pointwise", SOURCE, what, "PyTorch's operations", flags)
     if found is None:
         return None

@@ -48,6 +48,8 @@ def results(function, tensors, upstream):
 )
 def test_output_and_gradients_in_fp64(lengths, heads, kv_heads, monkeypatch, poison):
     monkeypatch.setattr(attention_cpu, "MAX_LENGTH", 32)  # 40 and 41 go to flash attention
+    monkeypatch.setattr(attention_cpu, "ALONE", 18)  # 20 and 30 are products by themselves
+    make_plan.cache_clear()
     *tensors, upstream = draw(lengths, heads, kv_heads)
     found = results(lambda *t: packed_attention_cpu(*t, lengths, 0.3), tensors, upstream)
     truth = results(lambda *t: one_by_one(*t, lengths, 0.3), tensors, upstream)
@@ -55,9 +57,10 @@ def test_output_and_gradients_in_fp64(lengths, heads, kv_heads, monkeypatch, poi
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("lengths", [(30, 28, 64, 5), (1, 150, 1, 97), (1000, 33)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_half_precision_is_as_good_as_plain_attention(dtype):
-    lengths = (30, 28, 64, 5)
+def test_half_precision_is_as_good_as_plain_attention(dtype, lengths):
+    make_plan.cache_clear()
     *tensors, upstream = draw(lengths, 6, 2, dtype, width=16)
     wide = [t.detach().double().requires_grad_() for t in tensors]
     found = results(lambda *t: packed_attention_cpu(*t, lengths, 0.25), tensors, upstream)
@@ -74,12 +77,16 @@ def test_gradcheck():
 
 
 def test_a_plan_covers_every_position_once_and_wastes_little():
-    lengths = (5, 90, 100, 7, 101, 88, 5)
-    plan = make_plan(lengths)
-    rows = torch.cat([bucket.index for bucket in plan.buckets])
-    assert torch.equal(rows[plan.inverse], torch.arange(sum(lengths)))
-    assert len(rows) <= attention_cpu.PADDING * sum(lengths)
-    assert [bucket.length for bucket in plan.buckets] == [101, 7, 5]
+    lengths = (5, 60, 70, 7, 71, 300, 58, 5)
+    row = torch.arange(sum(lengths))
+    taken = [row[bucket.rows] for bucket in make_plan(lengths)]
+    counted = [
+        rows if bucket.valid is None else rows[bucket.valid]
+        for rows, bucket in zip(taken, make_plan(lengths), strict=True)
+    ]
+    assert torch.equal(torch.cat(counted).sort().values, row)
+    assert sum(map(len, taken)) <= attention_cpu.PADDING * sum(lengths)
+    assert [bucket.length for bucket in make_plan(lengths)] == [300, 71, 60, 7, 5]
 
 
 def test_a_documents_padding_never_leaks(monkeypatch):

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU in C: the error budget against fp64, NaN, threads, without a compiler, with seeded bugs."""
+"""RMSNorm, SwiGLU, causal softmax in C: the error budget against fp64, NaN, threads, no compiler, seeded bugs."""
 
 import logging
 
@@ -9,6 +9,10 @@ from flex.kernels import native_build
 from flex.kernels.budget import budget_used
 from flex.kernels.pointwise import (
     api,
+    causal_softmax_,
+    causal_softmax_backward_,
+    causal_softmax_backward_reference,
+    causal_softmax_reference,
     native,
     rms_norm,
     rms_norm_reference,
@@ -17,6 +21,7 @@ from flex.kernels.pointwise import (
 )
 from tests.mutants import load_copy
 
+SOFTMAX = [(1, 1, 1), (2, 16, 1), (1, 17, 3), (3, 2, 4), (2, 67, 2)]  # batch, length, groups
 SHAPES = [(1, 1), (3, 17), (2, 5, 64), (1, 7, 576), (130, 33)]
 EPS = 1e-5
 
@@ -57,6 +62,53 @@ def check_swiglu(shape) -> None:
     check(swiglu, swiglu_reference, inputs, bf16(*shape, seed=2))
 
 
+def check_softmax(batch: int, length: int, groups: int) -> None:
+    """Forward and backward; what a row does not see is NaN before, is never read, and is 0 after."""
+    scores, dp = (bf16(batch, length * groups, length, seed=s, scale=6.0) for s in (0, 1))
+    eager, exact = (causal_softmax_reference(x, groups, 0.3) for x in (scores, scores.double()))
+    hidden = torch.arange(length) > torch.arange(length * groups)[:, None] // groups
+    p = causal_softmax_(scores.masked_fill(hidden, torch.nan), groups, 0.3)
+    assert budget_used(p, eager, exact) <= 1
+    eager, exact = (
+        causal_softmax_backward_reference(p.to(t), dp.to(t), groups, 0.3)
+        for t in (torch.bfloat16, torch.float64)
+    )
+    ds = causal_softmax_backward_(p, dp.masked_fill(hidden, torch.nan), groups, 0.3)
+    assert budget_used(ds, eager, exact) <= 1
+
+
+@pytest.mark.parametrize("shape", SOFTMAX, ids=str)
+def test_causal_softmax_within_the_budget_of_plain_operations(shape):
+    check_softmax(*shape)
+
+
+def test_causal_softmax_of_large_scores_and_of_nan():
+    check_large_scores()
+
+
+def check_large_scores() -> None:
+    scores = bf16(1, 40, 40, seed=0, scale=3e4)
+    scores[0, 30, 2] = torch.nan
+    p = causal_softmax_(scores.clone(), 1, 1.0).float()
+    assert p[0, 30, :31].isnan().all() and p.isnan().sum() == 31
+    p[0, 30], scores[0, 30] = 0, 0
+    truth = causal_softmax_reference(scores.float(), 1, 1.0)
+    torch.testing.assert_close(p[:, :30], truth[:, :30], atol=2**-9, rtol=2**-8)
+
+
+def test_a_softmax_of_another_shape_is_refused_and_other_dtypes_take_the_reference():
+    with pytest.raises(ValueError, match="scores.shape"):
+        causal_softmax_(bf16(1, 6, 4, seed=0), 2, 1.0)
+    with pytest.raises(ValueError, match="dp.shape"):
+        causal_softmax_backward_(bf16(1, 4, 4, seed=0), bf16(1, 3, 3, seed=0), 1, 1.0)
+    with pytest.raises(ValueError, match="contiguous"):
+        causal_softmax_(bf16(1, 4, 4, seed=0).transpose(1, 2), 1, 1.0)
+    x = torch.randn(2, 6, 3)
+    assert torch.equal(causal_softmax_(x.clone(), 2, 0.5), causal_softmax_reference(x, 2, 0.5))
+    long = torch.zeros(1, native.LONGEST + 1, native.LONGEST + 1, dtype=torch.bfloat16)
+    assert causal_softmax_(long, 1, 1.0)[0, 1, 1] == 0.5
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("check_one", [check_rms_norm, check_swiglu], ids=["rms_norm", "swiglu"])
 def test_within_the_budget_of_plain_operations(check_one, shape):
@@ -88,9 +140,15 @@ def test_nan_stays_in_its_row():
 @pytest.mark.parametrize("threads", [2, 3])
 def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
     x, weight = bf16(1100, 577, seed=0), torch.ones(577).bfloat16()
-    alone = rms_norm(x, weight, EPS), swiglu(x, x)
+    scores = bf16(3, 500, 500, seed=1)
+
+    def run():
+        p = causal_softmax_(scores.clone(), 1, 2.0)
+        return rms_norm(x, weight, EPS), swiglu(x, x), p, causal_softmax_backward_(p, p * p, 1, 2.0)
+
+    alone = run()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    for a, b in zip(alone, (rms_norm(x, weight, EPS), swiglu(x, x)), strict=True):
+    for a, b in zip(alone, run(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -137,6 +195,16 @@ BUGS = {
     "truncated": ("(v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16", "v.u >> 16"),
     "gate's slope": ("(1.0f + g * (1.0f - s))", "1.0f"),
     "up's gradient": ("narrow(d * (g * s))", "narrow(d * g)"),
+    "a position too many seen": ("length) + 1;\n        /*", "length) + 2;\n        /*"),
+    "groups of rows": ("row / groups % length) + 1;\n        /*", "row % length) + 1;\n        /*"),
+    "a vector's end seen": ("e[i] = -__builtin_inff();", "e[i] = 0.0f;"),
+    "another's maximum": ("most = e[i] > most ? e[i] : most", "most = e[0]"),
+    "the hidden half kept": ("p[i] = 0;", ";"),
+    "the hidden gradient kept": ("d[i] = 0;", ";"),
+    "scores not scaled": ("e[i] = scale * wide(p[i]);", "e[i] = wide(p[i]);"),
+    "softmax's projection": ("(wide(d[i]) - dot)", "wide(d[i])"),
+    "last of the sum missed": ("i < whole; i++) sum", "i < whole - 16; i++) sum"),
+    "gradient's scale": ("narrow(scale * wide(p[i])", "narrow(wide(p[i])"),
     "short polynomial": ("p = p * r + 0.5f;", "p = p * r + 0.4f;"),
 }
 
@@ -151,4 +219,7 @@ def test_seeded_bugs_are_killed(bug, tmp_path, monkeypatch):
         for shape in SHAPES:
             check_rms_norm(shape)
             check_swiglu(shape)
+        for sizes in SOFTMAX:
+            check_softmax(*sizes)
+        check_large_scores()
         check_every_gate()
