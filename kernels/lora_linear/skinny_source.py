@@ -1,6 +1,6 @@
 """The C source of skinny_native.py, in the compiler's vectors of 64 bytes, which any processor has in pieces.
 
-A vector is 16 words of two bf16 each: the even columns are its low halves, shifted, the odd ones its high halves, masked.
+A vector is 16 words of two bf16: the even columns are its low halves, shifted, the odd ones its high halves, masked.
 So nothing crosses lanes, and the dropout mask's words fall onto the words that they mask.
 """
 
