@@ -53,7 +53,7 @@ def causal_softmax_(scores: Tensor, groups: int, scale: float) -> Tensor:
 
     Args:
         scores: (B, length * groups, length), contiguous; row r is of position r // groups and sees the positions up
-            to its own. Overwritten on the fast path. What a row does not see is never read there, so it may be NaN.
+            to its own. Overwritten on the fast path. What a row does not see has no say, so it may be NaN.
 
     Returns: (B, length * groups, length), `scores` itself on the fast path.
 
