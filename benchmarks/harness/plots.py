@@ -33,6 +33,6 @@ def plot(figures: Sequence[Figure], image: Path) -> bool:
     labels = [f"{r.suite}: {r.name}, {r.shape}, {r.dtype} | {r.variant}" for r in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("ours / peer, median and 95 % interval; red: the aim; left of 1 is less")
+    axes.set_xlabel("ours / peer, 95 % interval; red: the aim")
     save_figure(drawing, image)
     return True

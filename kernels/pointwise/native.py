@@ -102,7 +102,7 @@ void swiglu_backward(const bf16 *restrict gate, const bf16 *restrict up, const b
     }
 }
 
-/* In place: row r sees the first r / groups % length + 1 of its `length` scores; the rest become 0, whatever they are. */
+/* Row r sees the first r / groups % length + 1 of its `length` scores. In place: the others become 0. */
 void causal_softmax(bf16 *restrict scores, int64_t begin, int64_t end, int32_t length, int32_t groups, float scale)
 {
     float e[LONGEST];
