@@ -221,7 +221,7 @@ class CurvatureConfig(Section):
         0, description="refresh at each of the first N steps"
     )
     share: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.5, description="share of a step's examples that a refresh uses; the paper: 240 of 480"
+        0.5, description="share of a step's examples that a refresh uses"
     )
     gamma: Annotated[float, Field(gt=0)] | None = Field(
         None,

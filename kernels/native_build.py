@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )
 COMPILERS = ("cc", "gcc", "clang")
+POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 ELEMENTS_PER_THREAD = 250_000  # a thread costs 50 us to start, as much as this many elements take
 
 
@@ -49,15 +50,21 @@ def compile_c(name: str, source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
 
 
 def compile_or_warn(
-    name: str, source: str, what: str, instead: str, flags: Sequence[str] = ()
+    name: str,
+    source: str,
+    arguments: Mapping[str, Sequence[type]],
+    what: str,
+    instead: str,
+    flags: Sequence[str] = (),
 ) -> ctypes.CDLL | None:
     """`compile_c`; None, and one line in the log, if the source cannot be compiled or loaded.
 
     Args:
+        arguments: by function, the types of its arguments; a function returns nothing unless its caller says so.
         what, instead: of the line: "`what` cannot be compiled; `instead` take its place, several times slower".
     """
     try:
-        return compile_c(name, source, flags)
+        library = compile_c(name, source, flags)
     except (OSError, subprocess.TimeoutExpired) as error:
         log.warning(
             "%s cannot be compiled (%s); %s take its place, several times slower. A C compiler on the PATH mends it",
@@ -66,6 +73,10 @@ def compile_or_warn(
             instead,
         )
         return None
+    for function, types in arguments.items():
+        found = getattr(library, function)
+        found.argtypes, found.restype = types, None
+    return library
 
 
 def in_shares(work: Callable[[int, int], None], total: int, elements: int) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..native_build import compile_or_warn, in_shares
+from ..native_build import INT, LONG, POINTER, compile_or_warn, in_shares
 
 SOURCE = r"""
 #include <stdint.h>
@@ -37,13 +36,9 @@ void keep_mask(const uint32_t *restrict keys, int64_t rows, int64_t words, int32
 def native_mask() -> Callable[..., None] | None:
     """`keep_mask` of SOURCE; None, and one line in the log, if it cannot be compiled or loaded."""
     what = "lora_linear: the C source of the dropout mask"
-    library = compile_or_warn("dropout", SOURCE, what, "PyTorch's operations")
-    if library is None:
-        return None
-    found = library.keep_mask
-    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    found.argtypes, found.restype = [pointer, long, long, integer, pointer, long, long], None
-    return found
+    arguments = {"keep_mask": (POINTER, LONG, LONG, INT, POINTER, LONG, LONG)}
+    library = compile_or_warn("dropout", SOURCE, arguments, what, "PyTorch's operations")
+    return None if library is None else library.keep_mask
 
 
 def mask_of_keys(run: Callable[..., None], keys: Tensor, rows: int, least: int) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..native_build import compile_or_warn, in_shares
+from ..native_build import FLOAT, INT, LONG, POINTER, compile_or_warn, in_shares
 from .dropout import dropped_lanes
 from .skinny_source import SOURCE
 
@@ -24,7 +24,6 @@ LANES = 32  # columns of a vector: 16 words of two bf16
 RANKS = 8  # of a panel: 16 accumulators with the even and the odd columns
 BLOCK = 256  # rows whose part of dA and dB is summed on its own, however many threads there are
 
-POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 ARGUMENTS = {
     "pack": (POINTER, *[LONG] * 4, POINTER),
     "unpack": (POINTER, *[LONG] * 3, FLOAT, POINTER, LONG, LONG),
@@ -50,13 +49,10 @@ def library() -> ctypes.CDLL | None:
     what = "lora_linear: the C source of the low-rank products"
     # The vectors are explicit: -O2 is as fast as -O3 and compiles in half the time.
     flags = ("-O2", "-ffp-contract=fast", "-mprefer-vector-width=512", "-Wno-psabi")
-    found = compile_or_warn("skinny", SOURCE, what, "PyTorch's products", flags)
-    if found is None:
-        return None
-    for name, arguments in ARGUMENTS.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = arguments, None
-    return found
+    sizes = (f"-DRANKS={RANKS}", f"-DBLOCK={BLOCK}")
+    return compile_or_warn(
+        "skinny", SOURCE, ARGUMENTS, what, "PyTorch's products", (*flags, *sizes)
+    )
 
 
 def library_for(like: Tensor, rank: int, dropout_p: float) -> ctypes.CDLL | None:

@@ -1,7 +1,8 @@
 """The C source of skinny_native.py, in the compiler's vectors of 64 bytes, which any processor has in pieces.
 
 A vector is 16 words of two bf16: the even columns are its low halves, shifted, the odd ones its high halves, masked.
-So nothing crosses lanes, and the dropout mask's words fall onto the words that they mask.
+So nothing crosses lanes, and the dropout mask's words fall onto the words that they mask. RANKS and BLOCK (rows with
+their own partial sums) come from skinny_native.py.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
-#define RANKS 8
-#define BLOCK 256 /* rows with their own partial sums */
 #define TILE 32   /* rows that stay in the cache between two uses */
 typedef uint16_t bf16;
 typedef uint32_t words __attribute__((vector_size(64)));

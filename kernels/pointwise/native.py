@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 
-from ..native_build import compile_or_warn
+from ..native_build import FLOAT, INT, LONG, POINTER, compile_or_warn
 
 SOURCE = r"""
 #include <stdint.h>
@@ -142,7 +142,6 @@ void causal_softmax_backward(const bf16 *restrict probabilities, bf16 *restrict 
 }
 """
 LONGEST = 4096  # scores of a row: 16 KiB of a thread's stack
-POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 ARGUMENTS = {
     "rms_norm": (*[POINTER] * 4, LONG, LONG, INT, FLOAT),
     "rms_norm_backward": (*[POINTER] * 5, LONG, LONG, INT),
@@ -160,10 +159,4 @@ def library() -> ctypes.CDLL | None:
     # to a half of SwiGLU's time, and everything is rounded to bf16 afterwards.
     flags = ("-fopenmp-simd", "-ffp-contract=fast", f"-DLONGEST={LONGEST}")
     what = "pointwise: the C source of RMSNorm, SwiGLU and attention's softmax"
-    found = compile_or_warn("pointwise", SOURCE, what, "PyTorch's operations", flags)
-    if found is None:
-        return None
-    for name, arguments in ARGUMENTS.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = arguments, None
-    return found
+    return compile_or_warn("pointwise", SOURCE, ARGUMENTS, what, "PyTorch's operations", flags)

@@ -9,14 +9,13 @@ machine, nor on the number of threads, nor on how ZeRO cuts the parameters.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..native_build import compile_or_warn, in_shares
+from ..native_build import LONG, POINTER, compile_or_warn, in_shares
 
 SOURCE = r"""
 #include <stdint.h>
@@ -73,12 +72,13 @@ def takes(lists: Sequence[Sequence[Tensor]]) -> bool:
 @functools.cache  # one attempt per process
 def native_step() -> Callable[..., int] | None:
     """`sophia_step` of SOURCE; None, and one line in the log, if it cannot be compiled or loaded."""
-    library = compile_or_warn("sophia", SOURCE, "sophia_update: its C source", "list operations")
+    arguments = {"sophia_step": (POINTER, LONG, LONG, POINTER)}
+    what = "sophia_update: its C source"
+    library = compile_or_warn("sophia", SOURCE, arguments, what, "list operations")
     if library is None:
         return None
     step = library.sophia_step
-    step.restype = ctypes.c_int64
-    step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    step.restype = LONG
     return step
 
 
