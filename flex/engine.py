@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import loss_head
 from .errors import CheckpointError
 from .kernels.sophia_update import gradient_norm
+from .model import linear
 from .optim import CurvatureStats, Sophia
 from .processes import all_reduce
 
@@ -242,6 +243,7 @@ def build_engine(
 ) -> Engine:
     """The engine that `cfg.deepspeed` asks for, around a model that computes large losses in blocks."""
     loss_head.install(model)
+    linear.install(model)
     if cfg.deepspeed is None:
         return Engine(model, optimizer, parameters, cfg.optim.clip_norm)
     from .engine_zero import ZeroEngine  # DeepSpeed takes seconds to import

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from flex.kernels import products
+from flex.model.linear import FrozenLinear
 
 from .errors import ModelError
 from .loss import loss_and_gradient
@@ -41,8 +43,8 @@ class Request:
     scale: float
 
 
-class LossHead(nn.Linear):
-    """An nn.Linear over the same parameters; while a request is open it returns [loss, MARK].
+class LossHead(FrozenLinear):
+    """A linear layer over the same parameters; while a request is open it returns [loss, MARK].
 
     The model calls it where it would call the linear layer, so that ZeRO-3's hooks gather the weight.
     """
@@ -102,13 +104,13 @@ class _BlockLoss(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
-            logits = F.linear(hidden[block], weight, bias)
+            logits = products.mm(hidden[block], weight.t(), bias)
             label = labels[block] if draws is None else sample_labels(logits, draws[block])
             # the gradient takes the place of the logits
             value = loss_and_gradient(logits, label, scale, None if grad is None else logits)
             total += value
             if grad is not None:
-                torch.mm(logits, weight, out=grad[block])
+                products.mm(logits, weight, out=grad[block])
         ctx.save_for_backward(grad)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return torch.stack([total * scale, torch.full_like(total, MARK)]).to(wide).view(1, 1, 2)
@@ -138,7 +140,7 @@ def install(model: nn.Module) -> None:
 def why_not(base: nn.Module) -> str | None:
     """Why the loss cannot be computed in the output embedding of `base`; None if it can."""
     linear: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
-    if type(linear) is not nn.Linear:
+    if type(linear) not in (nn.Linear, FrozenLinear):
         return f"the output embedding is a {type(linear).__name__}"
     if any(p.requires_grad for p in linear.parameters()):
         return "the output embedding is trained"

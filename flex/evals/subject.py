@@ -18,6 +18,7 @@ from transformers import (
 
 from flex.config import ModelConfig
 from flex.errors import ConfigError, ModelError
+from flex.model import linear
 from flex.model.base import load_config, load_model, load_tokenizer, reason, resolve
 from flex.model.export import adapter_config, cast_weights, load_adapted
 from flex.model.hub_code import refuse
@@ -122,6 +123,11 @@ class Subject:
 
         Raises ModelError: it cannot be loaded, or the adapter does not fit it.
         """
+        model = self._load()
+        linear.install(model)
+        return model
+
+    def _load(self) -> Any:
         if self.adapter is None:
             return self._base(self.dtype)
         adapter = Path(self.adapter)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flex.kernels import products
 from flex.kernels.pointwise import causal_softmax_, causal_softmax_backward_
 
 MAX_LENGTH = (
@@ -96,8 +97,11 @@ def packed_attention_cpu(
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     shared = q.shape[1] != k.shape[1]
+    dtype = q.dtype
+    if products.widens(q):
+        q, k, v = q.float(), k.float(), v.float()
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
-    return y[0].transpose(0, 1)
+    return y[0].transpose(0, 1).to(dtype)
 
 
 class _BucketedAttention(torch.autograd.Function):
@@ -117,8 +121,8 @@ class _BucketedAttention(torch.autograd.Function):
         y, saved = torch.empty_like(query, memory_format=torch.contiguous_format), []
         for bucket in plan:
             q, k, v = (_take(x, bucket, heads) for x in (query, key, value))
-            p = causal_softmax_(torch.bmm(q, k.transpose(1, 2)), groups, scale)
-            _put(y, torch.bmm(p, v), bucket, heads)
+            p = causal_softmax_(products.bmm(q, k.transpose(1, 2)), groups, scale)
+            _put(y, products.bmm(p, v), bucket, heads)
             saved += [q, k, v, p]
         ctx.save_for_backward(*saved)
         ctx.plan, ctx.scale, ctx.heads, ctx.groups = plan, scale, heads, groups
@@ -133,11 +137,11 @@ class _BucketedAttention(torch.autograd.Function):
         dkey, dvalue = grad.new_empty(count, heads, width), grad.new_empty(count, heads, width)
         for bucket, q, k, v, p in zip(ctx.plan, saved, saved, saved, saved, strict=True):
             g = _take(grad, bucket, heads, clear_padding=True)
-            _put(dvalue, torch.bmm(p.transpose(1, 2), g), bucket, heads)
-            dp = torch.bmm(g, v.transpose(1, 2))
+            _put(dvalue, products.bmm(p.transpose(1, 2), g), bucket, heads)
+            dp = products.bmm(g, v.transpose(1, 2))
             ds = causal_softmax_backward_(p, dp, ctx.groups, ctx.scale)
-            _put(dquery, torch.bmm(ds, k), bucket, heads)
-            _put(dkey, torch.bmm(ds.transpose(1, 2), q), bucket, heads)
+            _put(dquery, products.bmm(ds, k), bucket, heads)
+            _put(dkey, products.bmm(ds.transpose(1, 2), q), bucket, heads)
         return dquery, dkey, dvalue, None, None
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import products
 from ..native_build import FLOAT, INT, LONG, POINTER, compile_or_warn, in_shares
 from .dropout import dropped_lanes
 from .skinny_source import SOURCE
@@ -56,10 +57,14 @@ def library() -> ctypes.CDLL | None:
 
 
 def library_for(like: Tensor, rank: int, dropout_p: float) -> ctypes.CDLL | None:
-    """The library, if it takes `like` (x or dY) and is faster at this rank: bf16 on a CPU, few ranks."""
+    """The library, if it takes `like` (x or dY) and is faster at this rank: bf16 on a CPU, few ranks.
+
+    Not where products are computed in fp32: with 16 short registers the sums do not fit, and backward at rank 8 takes
+    twice as long as by torch (one core of a Zen 3).
+    """
     limit = MAX_RANK if dropout_p > 0 else MAX_RANK_WITHOUT_DROPOUT
     takes = like.device.type == "cpu" and like.dtype == torch.bfloat16 and rank <= limit
-    return library() if takes else None
+    return library() if takes and not products.widens(like) else None
 
 
 def forward(
@@ -77,7 +82,7 @@ def forward(
     row = None if bias is None else _packed(run, bias[None])
     keys, least = _keys(run, dropout_p, seed, rows, inputs)
     if keys is None:  # nothing to mask: torch's product needs no second look at x
-        kept, a, s = None, None, (x @ lora_a.t()).contiguous()
+        kept, a, s = None, None, products.mm(x, lora_a.t()).contiguous()
     else:
         kept, a, s = _rows(x), _packed(run, lora_a), x.new_empty(rows, rank)
     sizes = (_stride(kept), rows, inputs, outputs, rank)

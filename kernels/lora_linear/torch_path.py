@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import products
 from . import skinny_native
 from .dropout import apply_mask, apply_mask_, keep_mask
 
@@ -35,7 +36,7 @@ def forward(
     if dropout_p > 0:
         assert seed is not None
         kept_mk = apply_mask(x, keep_mask(seed, x.shape[0], x.shape[1], dropout_p, x.device))
-    s_mr = kept_mk @ lora_a.to(x.dtype).t()
+    s_mr = products.mm(kept_mk, lora_a.to(x.dtype).t())
     return output(x, weight, bias, s_mr, scaled_b), s_mr
 
 
@@ -44,7 +45,7 @@ def output(
 ) -> Tensor:
     """S (sB)^T + bias + x W^T: x (M, K), s_mr (M, r), scaled_b = s B (N, r) of x's dtype -> (M, N)."""
     b_rn = scaled_b.t()
-    y_mn = s_mr @ b_rn if bias is None else torch.addmm(bias.to(x.dtype), s_mr, b_rn)
+    y_mn = products.mm(s_mr, b_rn, None if bias is None else bias.to(x.dtype))
     return _with_base(y_mn, x, weight)
 
 
@@ -62,7 +63,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX (M, K), dA (r, K), dB (N, r), each None unless `needs` (x, A, B) says so."""
     need_x, need_a, need_b = needs
-    ds_mr = dy @ scaled(lora_b, scale, dy.dtype) if need_x or need_a else None
+    ds_mr = products.mm(dy, scaled(lora_b, scale, dy.dtype)) if need_x or need_a else None
     x, s_mr = x if need_a else None, s_mr if need_b else None
     options = (scale, dropout_p, seed, need_x)
     if (run := skinny_native.library_for(dy, lora_a.shape[0], dropout_p)) is not None:
@@ -71,7 +72,7 @@ def backward(
     else:
         dx, da, db = _low_rank_gradients(dy, x, s_mr, ds_mr, lora_a, lora_b.dtype, *options)
     if dx is not None:
-        dx.addmm_(dy, weight)
+        products.addmm_(dx, dy, weight)
     da = None if da is None else da.to(lora_a.dtype)
     return dx, da, None if db is None else db.to(lora_b.dtype)
 
@@ -103,7 +104,7 @@ def _low_rank_gradients(
         kept_mk = x if keep is None else apply_mask(x, keep)
         da = _wide_product(ds_mr.t(), kept_mk)
     if need_x:
-        dx = ds_mr @ lora_a.to(dy.dtype)
+        dx = products.mm(ds_mr, lora_a.to(dy.dtype))
         if keep is not None:
             apply_mask_(dx, keep)
     return dx, da, db
@@ -111,7 +112,7 @@ def _low_rank_gradients(
 
 def _with_base(y_mn: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """y + x W^T, in y's memory."""
-    return y_mn.addmm_(x, weight.t())
+    return products.addmm_(y_mn, x, weight.t())
 
 
 def scaled(lora_b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -123,4 +124,4 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b; of 16-bit inputs the fp32 accumulator itself where the GEMM can return it (CUDA)."""
     if a.is_cuda and a.element_size() == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+    return products.mm(a, b)

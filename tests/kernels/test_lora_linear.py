@@ -177,14 +177,22 @@ BUGS = (
     ("scale missing in dB", "db.mul_(scale)", "pass"),
     ("scale missing in dS", "scaled(lora_b, scale, dy.dtype)", "lora_b.to(dy.dtype)"),
     ("scale squared in y", "scaled(lora_b, scale, x.dtype)", "scaled(lora_b, scale**2, x.dtype)"),
-    ("W transposed in y", "y_mn.addmm_(x, weight.t())", "y_mn.addmm_(x, weight)"),
-    ("W transposed in dx", "dx.addmm_(dy, weight)", "dx.addmm_(dy, weight.t())"),
-    ("base term missing", "y_mn.addmm_(x, weight.t())", "y_mn"),
-    ("bias missing", "if bias is None else torch.addmm(bias", "if True else torch.addmm(bias"),
-    ("y zeroed", "y_mn.addmm_(x, weight.t())", "y_mn.zero_()"),
-    ("dx zeroed", "dx.addmm_(dy, weight)", "dx.zero_()"),
+    (
+        "W transposed in y",
+        "products.addmm_(y_mn, x, weight.t())",
+        "products.addmm_(y_mn, x, weight)",
+    ),
+    (
+        "W transposed in dx",
+        "products.addmm_(dx, dy, weight)",
+        "products.addmm_(dx, dy, weight.t())",
+    ),
+    ("base term missing", "products.addmm_(y_mn, x, weight.t())", "y_mn"),
+    ("bias missing", "None if bias is None else bias.to(x.dtype))", "None)"),
+    ("y zeroed", "products.addmm_(y_mn, x, weight.t())", "y_mn.zero_()"),
+    ("dx zeroed", "products.addmm_(dx, dy, weight)", "dx.zero_()"),
     ("dA zeroed", "_wide_product(ds_mr.t(), kept_mk)", "_wide_product(0 * ds_mr.t(), kept_mk)"),
-    ("A rounded", "kept_mk @ lora_a.to(x.dtype)", "kept_mk @ lora_a.bfloat16().float()"),
+    ("A rounded", "products.mm(kept_mk, lora_a", "products.mm(kept_mk, lora_a.bfloat16()"),
 )
 
 

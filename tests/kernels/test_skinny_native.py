@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flex.kernels import native_build
+from flex.kernels import native_build, products
 from flex.kernels.lora_linear import skinny_native as native
 from flex.kernels.lora_linear import skinny_source
 from flex.kernels.lora_linear.dropout import apply_mask, keep_mask, philox_keys
@@ -28,6 +28,12 @@ CASES = [
     (33, 40, 32, 17, 0.3, False),
     (34, 96, 7, 8, 0.0, False),
 ]
+
+
+@pytest.fixture(autouse=True)
+def units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes where the processor multiplies bf16, and is right anywhere."""
+    monkeypatch.setattr(products, "_has_units", lambda dtype: True)
 
 
 def operands(rows: int, inputs: int, outputs: int, rank: int, bias: bool) -> list[Any]:

@@ -1,0 +1,98 @@
+"""Frozen linear layers without an adapter, on processors that have no instructions for 16-bit products.
+
+There torch's own product would be nine tenths of a training step (`flex.kernels.products`); adapted layers and the
+loss go the same way by themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import cache
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from flex.kernels import products
+from flex.kernels.frozen_linear import frozen_linear
+from flex.kernels.lora_linear.packed import is_packed, why_not_dense
+
+log = logging.getLogger("flex.model")
+
+
+class FrozenLinear(nn.Linear):
+    """In the place of an nn.Linear, over its state; where the processor has the instructions, nn.Linear itself."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        if not products.widens(input) or weight.requires_grad or weight.dtype != input.dtype:
+            return super().forward(input)
+        return frozen_linear(input, weight, self.bias)
+
+
+class _Frozen4bit(nn.Module):
+    """In the place of bitsandbytes' 4-bit layer, over its state."""
+
+    weight: Any
+    bias: Tensor | None
+    compute_dtype: torch.dtype | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
+        if dtype != x.dtype or not products.widens(x) or not is_packed(self.weight):
+            return cast(Tensor, super().forward(x))
+        if why_not_dense(self.weight) is not None:
+            return cast(Tensor, super().forward(x))
+        return frozen_linear(x, self.weight, None if self.bias is None else self.bias.to(dtype))
+
+
+def install(model: nn.Module) -> int:
+    """Put ours in the place of every plain or 4-bit linear layer without an adapter, where that helps.
+
+    Each is a subclass of the class it stands for and shares its whole state, as in `flex.model.pointwise`.
+
+    Args:
+        model: on its device, in its dtype, with its adapters; changed in place.
+
+    Returns: how many were replaced; 0 where the processor multiplies numbers of the model's dtype.
+    """
+    first = next(model.parameters(), None)
+    dtype = getattr(model, "dtype", torch.float32)
+    if first is None or not products.widens(torch.empty(0, dtype=dtype, device=first.device)):
+        return 0
+    replaced = _replace(model)
+    log.info(
+        "this processor has no %s products: they are computed in float32 and rounded (%d linear layers without "
+        "an adapter, adapted ones, attention, loss)",
+        str(dtype).removeprefix("torch."),
+        replaced,
+    )
+    return replaced
+
+
+def _replace(parent: nn.Module) -> int:
+    replaced = 0
+    for name, child in list(parent.named_children()):
+        if isinstance(child, BaseTunerLayer):
+            continue  # it reads its base layer, and its adapters are trained
+        if (ours := _ours(type(child))) is not None:  # type: ignore[arg-type]  # a class is hashable
+            stand_in = ours.__new__(ours)
+            stand_in.__dict__ = child.__dict__
+            setattr(parent, name, stand_in)
+            replaced += 1
+        replaced += _replace(child)
+    return replaced
+
+
+@cache
+def _ours(kind: type[nn.Module]) -> type[nn.Module] | None:
+    if kind is nn.Linear:
+        return FrozenLinear
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is not None:
+        bnb = bitsandbytes.nn
+        if kind in (bnb.Linear4bit, bnb.LinearNF4, bnb.LinearFP4):
+            return type(f"Frozen{kind.__name__}", (_Frozen4bit, kind), {})
+    return None
