@@ -47,6 +47,8 @@ class Ratio:
     floor: float
 
     def __str__(self) -> str:
+        if math.isinf(self.low):
+            return "not reached"
         return f"{self._text(self.value)} [{self._text(self.low)}, {self._text(self.high)}]"
 
     def _text(self, value: float) -> str:

@@ -71,11 +71,11 @@ def render(race: RaceConfig, book: Book, found: Verdict) -> str:
         f"{CHALLENGER} against {BASELINE}: {found.words()}",
         found.cause(),
         "",
-        f"{'R to the target':<18}" + "".join(f"{cost:>28}" for cost in COSTS),
+        f"{'R to the target':<18}" + "".join(f"{cost:>30}" for cost in COSTS),
     ]
     for name, each in {CHALLENGER: found.ratios, **found.others}.items():
-        lines.append(f"{name:<18}" + "".join(f"{each[cost]!s:>28}" for cost in COSTS))
-    lines += ["", f"{'final loss at the full budget':<32}{'to ' + CHALLENGER:>28}   best setting"]
+        lines.append(f"{name:<18}" + "".join(f"{each[cost]!s:>30}" for cost in COSTS))
+    lines += ["", f"{'final loss at the full budget':<32}{'to ' + CHALLENGER:>30}   best setting"]
     full = sorted(race.budgets).index(1.0)
     for name in race.entrants:
         own = center(table(race, book, name).losses)[full]
@@ -83,7 +83,7 @@ def render(race: RaceConfig, book: Book, found: Verdict) -> str:
         away = "" if gap is None else f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
         settings = best(book.of("tune", name)).settings
         chosen = " ".join(f"{key.removeprefix('optim.')}={v:g}" for key, v in settings.items())
-        lines.append(f"{name:<20}{own:>12.4f}{away:>28}   {chosen}")
+        lines.append(f"{name:<20}{own:>12.4f}{away:>30}   {chosen}")
     for name in race.entrants:
         if edge := at_edge(race, book, name):
             which = ", ".join(f"{key.removeprefix('optim.')}={v:g}" for key, v in edge.items())
