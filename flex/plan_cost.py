@@ -112,11 +112,12 @@ def _backward(job: Job, device: str) -> list[Part]:
 
 
 def _attention(job: Job, device: str, layers: int, backward: bool) -> Part:
-    """Flash attention computes the causal half, and the scores again in backward; a CPU all of them."""
+    """Computes the scores again in backward (eager keeps them); on a GPU the causal half, on a CPU all of them."""
     model, t, b = job.model, job.positions, job.width
     length = job.document if job.cfg.model.attention == "auto" else t
     product = 2.0 * t * length * model.attention_width
-    products = (5 / 2 if backward else 1) if device == "cuda" else (4 if backward else 2)
+    products = 2.0 if not backward else 4.0 if job.cfg.model.attention == "eager" else 5.0
+    products = products / 2 if device == "cuda" else products
     moved = b * t * (2 * model.attention_width + 2 * model.kv_width) * (2 if backward else 1)
     return Part("attention", layers * product * products, layers * moved)
 

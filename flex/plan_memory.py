@@ -88,10 +88,12 @@ def layer_activations(job: Job, layer: int, device: str) -> float:
     if adapted & {"mlp.gate_proj", "mlp.up_proj"}:
         total += b * t * model.hidden
     if _one_pass(job, device):
-        total += b * t * model.ffn * 2 * (gate or up)
+        again = gate or up  # down_proj's input is made of them again
+        total += b * t * model.ffn * 2 * again
     else:  # gate for SiLU and up for the product; SiLU's output for up
+        again = False
         total += b * t * model.ffn * (2 * gate + up)
-    if "mlp.down_proj" in adapted:
+    if "mlp.down_proj" in adapted and not again:
         total += b * t * model.ffn
     return total + b * t * r * len(adapted)
 
@@ -114,7 +116,7 @@ def _attention(job: Job, device: str) -> float:
         return query + keys + (FP32 + b) * model.heads * t * t
     if device == "cuda" or job.document > SHORT:
         return 2 * query + keys + FP32 * model.heads * t  # and the output, log-sum-exp
-    return query + keys + b * model.heads * t * job.document  # and the probabilities
+    return query + keys
 
 
 def activations(job: Job, device: str) -> float:

@@ -2,8 +2,8 @@
 
 torch's CPU flash attention is slow in backward at a few hundred positions: 16 documents of 170 (9 heads of 64 over
 3 key heads, bf16, two cores of a Zen 4, torch 2.13) take 82 ms forward and backward as a loop over documents, the
-batched products below 20 ms. The price is the probabilities, kept for backward: heads x length^2 elements per
-document and layer, so documents above MAX_LENGTH stay with flash attention.
+batched products below 20 ms. Backward makes the probabilities again, as flash attention does: kept, they would be a
+fifth of a step's activations (SmolLM2 on MBPP). They exist for one layer at a time, heads x length^2 a document.
 """
 
 from __future__ import annotations
@@ -121,9 +121,8 @@ class _BucketedAttention(torch.autograd.Function):
         y, saved = torch.empty_like(query, memory_format=torch.contiguous_format), []
         for bucket in plan:
             q, k, v = (_take(x, bucket, heads) for x in (query, key, value))
-            p = causal_softmax_(products.bmm(q, k.transpose(1, 2)), groups, scale)
-            _put(y, products.bmm(p, v), bucket, heads)
-            saved += [q, k, v, p]
+            _put(y, products.bmm(_probabilities(q, k, groups, scale), v), bucket, heads)
+            saved += [q, k, v]
         ctx.save_for_backward(*saved)
         ctx.plan, ctx.scale, ctx.heads, ctx.groups = plan, scale, heads, groups
         return y
@@ -135,7 +134,10 @@ class _BucketedAttention(torch.autograd.Function):
         count, (width, heads) = len(grad), (grad.shape[2], ctx.heads)
         dquery = grad.new_empty(count, heads * ctx.groups, width)
         dkey, dvalue = grad.new_empty(count, heads, width), grad.new_empty(count, heads, width)
-        for bucket, q, k, v, p in zip(ctx.plan, saved, saved, saved, saved, strict=True):
+        for bucket, q, k, v in zip(ctx.plan, saved, saved, saved, strict=True):
+            p = _probabilities(
+                q, k, ctx.groups, ctx.scale
+            )  # kept, they would be most of the memory
             g = _take(grad, bucket, heads, clear_padding=True)
             _put(dvalue, products.bmm(p.transpose(1, 2), g), bucket, heads)
             dp = products.bmm(g, v.transpose(1, 2))
@@ -143,6 +145,11 @@ class _BucketedAttention(torch.autograd.Function):
             _put(dquery, products.bmm(ds, k), bucket, heads)
             _put(dkey, products.bmm(ds.transpose(1, 2), q), bucket, heads)
         return dquery, dkey, dvalue, None, None
+
+
+def _probabilities(q: Tensor, k: Tensor, groups: int, scale: float) -> Tensor:
+    """(B, length G, length) of (B, length G, D) and (B, length, D)."""
+    return causal_softmax_(products.bmm(q, k.transpose(1, 2)), groups, scale)
 
 
 def _take(x: Tensor, bucket: _Bucket, heads: int, clear_padding: bool = False) -> Tensor:

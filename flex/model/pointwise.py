@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from flex.kernels.lora_linear import remakable
 from flex.kernels.pointwise import rms_norm, swiglu, takes
 
 log = logging.getLogger("flex.model")
@@ -42,7 +43,11 @@ class _Mlp(nn.Module):
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x))))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        h = swiglu(gate, up)
+        if h.requires_grad and takes(h):  # its own backward keeps what one pass makes it of
+            remakable(h, swiglu, gate, up)
+        return cast(Tensor, self.down_proj(h))
 
 
 def install(model: nn.Module) -> Counter[str]:

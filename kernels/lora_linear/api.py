@@ -27,6 +27,7 @@ from .packed import is_packed
 
 SEEDS = 2**63  # seeds lie in [0, SEEDS)
 MAX_TRITON_RANK = 256  # a tile of B with more does not fit beside the others
+Remake = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # a function and what it makes x of
 ROUTES = ("auto", "skinny", "fused")
 
 
@@ -65,7 +66,7 @@ def lora_linear(
 
     Returns: y (..., N) in x's dtype, whatever autocast says.
 
-    Keeps for backward: x, S, and the objects `weight`, `lora_a`, `lora_b` themselves, never a view
+    Keeps for backward: x (unless `remakable`), S, and the objects `weight`, `lora_a`, `lora_b` themselves, never a view
     or a cast of them (ZeRO-3 releases and gathers parameters behind the object). No mask, no copy
     of x. Not twice differentiable.
 
@@ -88,7 +89,27 @@ def lora_linear(
         options = (scale, dropout_p, -1 if seed is None else seed, impl, route)
         return lora_forward(x, weight, bias, lora_a, lora_b, *options)[0]
     route = resolve(impl, route, x, weight, lora_a, lora_b, scale, dropout_p, seed)
-    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, route)
+    return _LoraLinear.apply(
+        x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, route, remake_of(x)
+    )
+
+
+def remakable(x: Tensor, function: Callable[..., Tensor], *sources: Tensor) -> None:
+    """Mark x as function(*sources): `lora_linear` of it keeps the sources for backward, and makes x again there.
+
+    For a cheap function of what is kept anyway; it must give the same bits each time. The mark is on the object: an
+    operation on x, such as a hook of ZeRO-3, loses it, and then x is kept.
+    """
+    x._flex_remake = (function, tuple(t.detach() for t in sources))  # type: ignore[attr-defined]
+
+
+def remake_of(x: Tensor) -> Remake | None:
+    return getattr(x, "_flex_remake", None)
+
+
+def kept(x: Tensor, remake: Remake | None) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """What is saved for x: itself, or what it is made of."""
+    return (x, ()) if remake is None else (None, remake[1])
 
 
 def resolve(
@@ -136,6 +157,7 @@ class _LoraLinear(torch.autograd.Function):
         dropout_p: float,
         seed: int,
         route: str,
+        remake: Remake | None,
     ) -> Tensor:
         scale = scale / (1 - dropout_p)
         x_mk = x.reshape(-1, x.shape[-1])
@@ -143,9 +165,9 @@ class _LoraLinear(torch.autograd.Function):
             forward, _ = path(route)
             y_mn, s_mr = forward(x_mk, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
         need_a, need_b = ctx.needs_input_grad[3:5]
-        ctx.save_for_backward(
-            x if need_a else None, s_mr if need_b else None, weight, lora_a, lora_b
-        )
+        x_kept, sources = kept(x, remake) if need_a else (None, ())
+        ctx.save_for_backward(x_kept, s_mr if need_b else None, weight, lora_a, lora_b, *sources)
+        ctx.remake = remake[0] if remake is not None and need_a else None
         ctx.x_shape, ctx.scale, ctx.dropout_p, ctx.seed = x.shape, scale, dropout_p, seed
         ctx.route = route
         return y_mn.view(*x.shape[:-1], weight.shape[0])
@@ -153,9 +175,10 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, s_mr, weight, lora_a, lora_b = ctx.saved_tensors
+        x, s_mr, weight, lora_a, lora_b, *sources = ctx.saved_tensors
+        x = x if ctx.remake is None else ctx.remake(*sources)
         dx, da, db = gradients(ctx, dy, x, s_mr, lambda: weight, lora_a, lora_b)
-        return dx, None, None, da, db, None, None, None, None
+        return dx, None, None, da, db, None, None, None, None, None
 
 
 def gradients(

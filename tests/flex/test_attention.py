@@ -70,6 +70,17 @@ def test_half_precision_is_as_good_as_plain_attention(dtype, lengths):
         assert_within_budget(a, b, c, name)
 
 
+def test_no_probabilities_are_kept():
+    lengths = (60, 60)
+    q, k, v, _ = draw(lengths, 6, 2)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        packed_attention_cpu(q, k, v, lengths, 0.3)
+    assert sum(t.numel() for t in kept.values()) == q.numel() + k.numel() + v.numel()
+
+
 def test_gradcheck():
     lengths = (3, 5, 2)
     *tensors, _ = draw(lengths, 2, 1, width=3)

@@ -108,3 +108,35 @@ def test_a_loaded_model_has_them():
     model = load_model(ModelConfig(name="shape:tiny", dtype="bfloat16"))
     assert type(model.model.norm).__name__ == "FlexLlamaRMSNorm"
     assert type(model.model.layers[0].mlp).__name__ == "FlexLlamaMLP"
+
+
+def test_the_product_of_gate_and_up_is_not_kept_for_an_adapted_down_proj():
+    from flex.config import LoraSection
+    from flex.model.adapters import adapter_parameters, add_adapters
+
+    results = []
+    for marks in (False, True):
+        model = made("llama")
+        pointwise.install(model)
+        targets = ("gate_proj", "up_proj", "down_proj")
+        model = add_adapters(model, LoraSection(r=4, dropout=0.1, targets=targets), seed=0)
+        parameters = adapter_parameters(model)
+        for name, p in parameters.items():
+            if "lora_B" in name:
+                p.data.fill_(0.1)
+        kept = {}
+        with pytest.MonkeyPatch.context() as patch:
+            if not marks:
+                patch.setattr(pointwise, "remakable", lambda *_: None)
+            torch.manual_seed(5)
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, kept=kept: kept.setdefault(t.data_ptr(), t), lambda t: t
+            ):
+                logits = model(input_ids=IDS).logits
+        size = sum(t.numel() * t.element_size() for t in kept.values())
+        gradients = torch.autograd.grad(logits.float().sum(), list(parameters.values()))
+        results.append((size, gradients))
+    (whole, plain), (less, again) = results
+    layers, bf16 = SMALL["num_hidden_layers"], 2
+    assert whole - less == layers * IDS.numel() * SMALL["intermediate_size"] * bf16
+    assert all(torch.equal(one, two) for one, two in zip(plain, again, strict=True))
