@@ -39,15 +39,14 @@ def mm(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = No
         if bias is None:
             return torch.mm(a, b, out=out)
         return torch.addmm(bias, a, b, out=out)
-    wide = _added(None if bias is None else bias.float().repeat(len(a), 1), a, b)
-    return wide.to(a.dtype) if out is None else out.copy_(wide)
+    return _product(a.new_empty(len(a), b.shape[1]) if out is None else out, bias, a, b)
 
 
 def addmm_(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """y += a @ b in y's memory, added before the sum is rounded; shapes as in `mm`."""
     if not widens(a) or len(a) < FEW_ROWS:
         return y.addmm_(a, b)
-    return y.copy_(_added(y.float(), a, b))
+    return _product(y, y, a, b)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -57,21 +56,22 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float()).to(a.dtype)
 
 
-def _added(y: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """y + a @ b in fp32, y (fp32) in its memory; b widened by pieces along the dimension that is slow in memory."""
+def _product(out: Tensor, start: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """out = start + a @ b, start (M, N), (N,) or None; b in pieces of the dimension that is slow in memory."""
     a, (depth, width) = a.float(), b.shape
-    if b.numel() <= STEP:
-        return torch.mm(a, b.float()) if y is None else y.addmm_(a, b.float())
     if b.stride(0) < b.stride(1):
-        y = a.new_zeros(len(a), width) if y is None else y
         for part in _pieces(width, depth):
-            y[:, part].addmm_(a, b[:, part].float())
-        return y
+            begin = None if start is None else start[..., part]
+            out[:, part] = _added(begin, a, b[:, part].float())
+        return out
+    wide = start
     for part in _pieces(depth, width):
-        piece = b[part].float()
-        y = torch.mm(a[:, part], piece) if y is None else y.addmm_(a[:, part], piece)
-    assert y is not None
-    return y
+        wide = _added(wide, a[:, part], b[part].float())
+    return out.zero_() if wide is None else out.copy_(wide)
+
+
+def _added(start: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b) if start is None else torch.addmm(start.float(), a, b)
 
 
 def _pieces(size: int, other: int) -> list[slice]:

@@ -27,11 +27,13 @@ def check_products(code, m: int, k: int, n: int, dtype: torch.dtype) -> None:
     bias = normal(n, seed=3, dtype=dtype)
     for b in (normal(k, n, seed=1, dtype=dtype), normal(n, k, seed=1, dtype=dtype).t()):
         product = a.double() @ b.double()
+        room, sums = torch.full_like(y, torch.nan), y.clone()
+        code.mm(a, b, out=room), code.addmm_(sums, a, b)
         for found, plain, exact in (
             (code.mm(a, b), a @ b, product),
             (code.mm(a, b, bias), torch.addmm(bias, a, b), product + bias.double()),
-            (code.mm(a, b, out=torch.full_like(y, torch.nan)), a @ b, product),
-            (code.addmm_(y.clone(), a, b), torch.addmm(y, a, b), product + y.double()),
+            (room, a @ b, product),
+            (sums, torch.addmm(y, a, b), product + y.double()),
             (code.bmm(a[None], b[None])[0], a @ b, product),
         ):
             assert found.dtype == dtype
@@ -99,17 +101,28 @@ def test_frozen_linear_is_a_linear_layer_and_keeps_the_weight_itself(bias):
 
 
 BUGS = {
-    "the bias is left out": ("None if bias is None else bias.float().repeat(len(a), 1)", "None"),
-    "what was there is left out": ("_added(y.float(), a, b)", "_added(None, a, b)"),
+    "the bias is left out": ("else out, bias, a, b)", "else out, None, a, b)"),
+    "what was there is left out": ("_product(y, y, a, b)", "_product(y, None, a, b)"),
     "the last row of every piece is left out": (
         "slice(start, start + step)",
         "slice(start, start + step - 1)",
     ),
-    "pieces overlap": ("slice(start, start + step)", "slice(start, start + step + 1)"),
+    "pieces of the sum overlap": (
+        "_added(wide, a[:, part], b[part].float())",
+        "_added(wide, a[:, max(0, part.start - 1) : part.stop], "
+        "b[max(0, part.start - 1) : part.stop].float())",
+    ),
     "the last piece is left out": ("range(0, size, step)", "range(0, size - step, step)"),
-    "every piece begins anew": ("piece) if y is None", "piece) if True"),
-    "out is not written": ("out.copy_(wide)", "out"),
-    "the result stays wide": ("wide.to(a.dtype) if", "wide if"),
+    "every piece begins anew": ("wide = _added(wide, a", "wide = _added(start, a"),
+    "every piece begins with the first columns": (
+        "start[..., part]",
+        "start[..., : b[:, part].shape[1]]",
+    ),
+    "out is not written": ("out.copy_(wide)", "wide.to(out.dtype)"),
+    "the sum stays at its start": (
+        "torch.addmm(start.float(), a, b)",
+        "start.float().expand(len(a), -1)",
+    ),
 }
 
 
