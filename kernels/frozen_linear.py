@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import products
+from .lora_linear.api import without_autocast
 from .lora_linear.packed import dense, is_packed
 
 
 def frozen_linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-    """y (..., N) of x (..., K) in x's dtype, fp32 sums inside.
+    """y (..., N) of x (..., K) in x's dtype, whatever autocast says; fp32 sums inside.
 
     Args:
         weight: W (N, K) of x's dtype, or bitsandbytes' 4-bit weight, made dense for each product. Kept for backward
@@ -29,7 +30,8 @@ class _FrozenLinear(torch.autograd.Function):
         ctx.packed = weight if is_packed(weight) else None
         # A packed one may come back from autograd without its quantisation state.
         ctx.save_for_backward(None if ctx.packed is not None else weight)
-        y = products.mm(x.reshape(-1, x.shape[-1]), _dense(weight, x.dtype).t(), bias)
+        with without_autocast(x.device.type):
+            y = products.mm(x.reshape(-1, x.shape[-1]), _dense(weight, x.dtype).t(), bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -38,7 +40,8 @@ class _FrozenLinear(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None
         weight = ctx.saved_tensors[0] if ctx.packed is None else ctx.packed
-        dx = products.mm(dy.reshape(-1, dy.shape[-1]), _dense(weight, dy.dtype))
+        with without_autocast(dy.device.type):
+            dx = products.mm(dy.reshape(-1, dy.shape[-1]), _dense(weight, dy.dtype))
         return dx.view(*dy.shape[:-1], dx.shape[-1]), None, None
 
 

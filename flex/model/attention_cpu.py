@@ -135,9 +135,7 @@ class _BucketedAttention(torch.autograd.Function):
         dquery = grad.new_empty(count, heads * ctx.groups, width)
         dkey, dvalue = grad.new_empty(count, heads, width), grad.new_empty(count, heads, width)
         for bucket, q, k, v in zip(ctx.plan, saved, saved, saved, strict=True):
-            p = _probabilities(
-                q, k, ctx.groups, ctx.scale
-            )  # kept, they would be most of the memory
+            p = _probabilities(q, k, ctx.groups, ctx.scale)
             g = _take(grad, bucket, heads, clear_padding=True)
             _put(dvalue, products.bmm(p.transpose(1, 2), g), bucket, heads)
             dp = products.bmm(g, v.transpose(1, 2))

@@ -100,6 +100,16 @@ def test_frozen_linear_is_a_linear_layer_and_keeps_the_weight_itself(bias):
     assert budget_used(found.grad, plain.grad, exact.grad) <= 1
 
 
+def test_autocast_changes_no_bit_of_the_frozen_layer():
+    x, w = normal(40, 170, seed=0).requires_grad_(), normal(33, 170, seed=1)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = frozen_linear(x, w, None)
+            found.append((y, *torch.autograd.grad(y, x, normal(40, 33, seed=2))))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
 BUGS = {
     "the bias is left out": ("else out, bias, a, b)", "else out, None, a, b)"),
     "what was there is left out": ("_product(y, y, a, b)", "_product(y, None, a, b)"),
