@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flex.kernels import products
 from flex.kernels.frozen_linear import frozen_linear
 from flex.kernels.lora_linear.packed import is_packed, why_not_dense
+from flex.model.stand_in import replace, sample_of
 
 log = logging.getLogger("flex.model")
 
@@ -41,9 +42,8 @@ class _Frozen4bit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
-        if dtype != x.dtype or not products.widens(x) or not is_packed(self.weight):
-            return cast(Tensor, super().forward(x))
-        if why_not_dense(self.weight) is not None:
+        ours = dtype == x.dtype and products.widens(x) and is_packed(self.weight)
+        if not ours or why_not_dense(self.weight) is not None:
             return cast(Tensor, super().forward(x))
         return frozen_linear(x, self.weight, None if self.bias is None else self.bias.to(dtype))
 
@@ -51,38 +51,25 @@ class _Frozen4bit(nn.Module):
 def install(model: nn.Module) -> int:
     """Put ours in the place of every plain or 4-bit linear layer without an adapter, where that helps.
 
-    Each is a subclass of the class it stands for and shares its whole state, as in `flex.model.pointwise`.
+    Each is a subclass of the class it stands for and shares its whole state, as `stand_in.replace` says.
 
     Args:
         model: on its device, in its dtype, with its adapters; changed in place.
 
     Returns: how many were replaced; 0 where the processor multiplies numbers of the model's dtype.
     """
-    first = next(model.parameters(), None)
-    dtype = getattr(model, "dtype", torch.float32)
-    if first is None or not products.widens(torch.empty(0, dtype=dtype, device=first.device)):
+    sample = sample_of(model)
+    if sample is None or not products.widens(sample):
         return 0
-    replaced = _replace(model)
+    # A layer with an adapter reads its base layer, and its adapters are trained.
+    kinds = replace(model, lambda module: _ours(type(module)), (BaseTunerLayer,))  # type: ignore[arg-type]
+    replaced = kinds.total()
     log.info(
         "this processor has no %s products: they are computed in float32 and rounded (%d linear layers without "
         "an adapter, adapted ones, attention, loss)",
-        str(dtype).removeprefix("torch."),
+        str(sample.dtype).removeprefix("torch."),
         replaced,
     )
-    return replaced
-
-
-def _replace(parent: nn.Module) -> int:
-    replaced = 0
-    for name, child in list(parent.named_children()):
-        if isinstance(child, BaseTunerLayer):
-            continue  # it reads its base layer, and its adapters are trained
-        if (ours := _ours(type(child))) is not None:  # type: ignore[arg-type]  # a class is hashable
-            stand_in = ours.__new__(ours)
-            stand_in.__dict__ = child.__dict__
-            setattr(parent, name, stand_in)
-            replaced += 1
-        replaced += _replace(child)
     return replaced
 
 

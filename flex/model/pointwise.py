@@ -11,11 +11,11 @@ from collections import Counter
 from functools import cache
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from flex.kernels.lora_linear import remakable
 from flex.kernels.pointwise import rms_norm, swiglu, takes
+from flex.model.stand_in import replace, sample_of
 
 log = logging.getLogger("flex.model")
 
@@ -60,28 +60,20 @@ def install(model: nn.Module) -> Counter[str]:
 
     Returns: how many of each class were replaced; empty on GPUs, in fp32, without a C compiler.
     """
-    replaced: Counter[str] = Counter()
-    first = next(model.parameters(), None)
-    if first is None or not takes(torch.empty(0, dtype=_dtype(model), device=first.device)):
-        return replaced
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            ours = _ours(type(child))  # type: ignore[arg-type]  # a class is hashable
-            if ours is None or (issubclass(ours, _Mlp) and not _is_silu(cast(Any, child).act_fn)):
-                continue
-            stand_in = ours.__new__(ours)
-            stand_in.__dict__ = child.__dict__
-            setattr(parent, name, stand_in)
-            replaced[type(child).__name__] += 1
+    sample = sample_of(model)
+    if sample is None or not takes(sample):
+        return Counter()
+    replaced = replace(model, _ours_if_silu)
     if replaced:
         counts = ", ".join(f"{count} {name}" for name, count in replaced.items())
         log.info("pointwise chains in one pass each: %s", counts)
     return replaced
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    """Of the model's norms and products, whatever a quantised weight is stored as."""
-    return cast(torch.dtype, getattr(model, "dtype", torch.float32))
+def _ours_if_silu(module: nn.Module) -> type[nn.Module] | None:
+    ours = _ours(type(module))  # type: ignore[arg-type]  # a class is hashable
+    other = ours is not None and issubclass(ours, _Mlp) and not _is_silu(cast(Any, module).act_fn)
+    return None if other else ours
 
 
 def _is_silu(activation: object) -> bool:

@@ -89,9 +89,7 @@ def lora_linear(
         options = (scale, dropout_p, -1 if seed is None else seed, impl, route)
         return lora_forward(x, weight, bias, lora_a, lora_b, *options)[0]
     route = resolve(impl, route, x, weight, lora_a, lora_b, scale, dropout_p, seed)
-    return _LoraLinear.apply(
-        x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, route, remake_of(x)
-    )
+    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, route)
 
 
 def remakable(x: Tensor, function: Callable[..., Tensor], *sources: Tensor) -> None:
@@ -103,13 +101,13 @@ def remakable(x: Tensor, function: Callable[..., Tensor], *sources: Tensor) -> N
     x._flex_remake = (function, tuple(t.detach() for t in sources))  # type: ignore[attr-defined]
 
 
-def remake_of(x: Tensor) -> Remake | None:
-    return getattr(x, "_flex_remake", None)
+def made_of(x: Tensor) -> Remake:
+    """What x is made of in backward: itself, unless it is `remakable`."""
+    return getattr(x, "_flex_remake", (_itself, (x,)))
 
 
-def kept(x: Tensor, remake: Remake | None) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """What is saved for x: itself, or what it is made of."""
-    return (x, ()) if remake is None else (None, remake[1])
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def resolve(
@@ -157,7 +155,6 @@ class _LoraLinear(torch.autograd.Function):
         dropout_p: float,
         seed: int,
         route: str,
-        remake: Remake | None,
     ) -> Tensor:
         scale = scale / (1 - dropout_p)
         x_mk = x.reshape(-1, x.shape[-1])
@@ -165,9 +162,8 @@ class _LoraLinear(torch.autograd.Function):
             forward, _ = path(route)
             y_mn, s_mr = forward(x_mk, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
         need_a, need_b = ctx.needs_input_grad[3:5]
-        x_kept, sources = kept(x, remake) if need_a else (None, ())
-        ctx.save_for_backward(x_kept, s_mr if need_b else None, weight, lora_a, lora_b, *sources)
-        ctx.remake = remake[0] if remake is not None and need_a else None
+        ctx.make_x, sources = made_of(x) if need_a else (None, ())
+        ctx.save_for_backward(*sources, s_mr if need_b else None, weight, lora_a, lora_b)
         ctx.x_shape, ctx.scale, ctx.dropout_p, ctx.seed = x.shape, scale, dropout_p, seed
         ctx.route = route
         return y_mn.view(*x.shape[:-1], weight.shape[0])
@@ -175,10 +171,10 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, s_mr, weight, lora_a, lora_b, *sources = ctx.saved_tensors
-        x = x if ctx.remake is None else ctx.remake(*sources)
+        *sources, s_mr, weight, lora_a, lora_b = ctx.saved_tensors
+        x = ctx.make_x(*sources) if sources else None
         dx, da, db = gradients(ctx, dy, x, s_mr, lambda: weight, lora_a, lora_b)
-        return dx, None, None, da, db, None, None, None, None, None
+        return dx, None, None, da, db, None, None, None, None
 
 
 def gradients(

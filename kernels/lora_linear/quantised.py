@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ranges import named
 from ..runtime import require
-from .api import Remake, check, gradients, kept, path, remake_of, resolve, without_autocast
+from .api import check, gradients, made_of, path, resolve, without_autocast
 from .packed import dense, packed_shape, packed_tensor
 
 log = logging.getLogger("flex.kernels")
@@ -43,7 +43,7 @@ def lora_linear_packed(
     stored = packed_tensor(weight)
     require(stored.device == x.device, "weight.device", stored.device, f"x's, {x.device}")
     return _PackedLoraLinear.apply(
-        x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, impl, route, remake_of(x)
+        x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, impl, route
     )
 
 
@@ -73,7 +73,6 @@ class _PackedLoraLinear(torch.autograd.Function):
         seed: int,
         impl: str,
         route: str,
-        remake: Remake | None,
     ) -> Tensor:
         x_mk = x.reshape(-1, x.shape[-1])
         with without_autocast(x.device.type), named("lora_linear/forward"):
@@ -83,9 +82,8 @@ class _PackedLoraLinear(torch.autograd.Function):
             forward, _ = path(route)
             y_mn, s_mr = forward(x_mk, w, bias, lora_a, lora_b, scale, dropout_p, seed)
         need_a, need_b = ctx.needs_input_grad[3:5]
-        x_kept, sources = kept(x, remake) if need_a else (None, ())
-        ctx.save_for_backward(x_kept, s_mr if need_b else None, lora_a, lora_b, *sources)
-        ctx.remake = remake[0] if remake is not None and need_a else None
+        ctx.make_x, sources = made_of(x) if need_a else (None, ())
+        ctx.save_for_backward(*sources, s_mr if need_b else None, lora_a, lora_b)
         # The object itself: what autograd saves may come back without its quantisation state.
         ctx.weight = weight
         ctx.x_shape, ctx.scale, ctx.dropout_p, ctx.seed = x.shape, scale, dropout_p, seed
@@ -95,11 +93,11 @@ class _PackedLoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, s_mr, lora_a, lora_b, *sources = ctx.saved_tensors
-        x = x if ctx.remake is None else ctx.remake(*sources)
+        *sources, s_mr, lora_a, lora_b = ctx.saved_tensors
+        x = ctx.make_x(*sources) if sources else None
 
         def weight() -> Tensor | None:
             return dense(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
 
         dx, da, db = gradients(ctx, dy, x, s_mr, weight, lora_a, lora_b)
-        return dx, None, None, da, db, None, None, None, None, None, None
+        return dx, None, None, da, db, None, None, None, None, None

@@ -12,7 +12,7 @@ from flex.kernels import products
 from flex.kernels.budget import budget_used
 from flex.model import linear
 from flex.model.adapters import add_adapters
-from tests.flex.test_quantised import bnb, quantised
+from tests.flex.test_quantised import bnb, fill, quantised
 from tests.tiny import VOCAB, tiny_model
 
 SECTION = LoraSection(r=4, alpha=6, dropout=0.0, targets=("gate_proj", "down_proj"))
@@ -27,11 +27,7 @@ def no_units(monkeypatch):
 
 def adapted(model: nn.Module) -> nn.Module:
     found = add_adapters(model, SECTION, seed=0)
-    for name, p in found.named_parameters():
-        if "lora_B" in name:
-            p.data.copy_(
-                0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
-            )
+    fill(found)
     return found
 
 
