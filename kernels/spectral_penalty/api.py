@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import TRITON_DTYPES, choose_impl, require
+from . import line_native
 from .reference import ROLES, Spectrum
 from .transform import apply_operator, line_table, plane_table, product_gradients
 
@@ -22,8 +23,8 @@ CHUNK = 2**20
 def spectral_penalty(
     weights: Tensor, spectrum: Spectrum, *, role: str = "A", weight: float = 1.0, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """weight * P of each matrix of a batch, and its exact gradient: 2 C w by one rfft and one
-    irfft.
+    """weight * P of each matrix of a batch, and its exact gradient: 2 C w by one transform and one
+    back.
 
     Args:
         weights: (M, r, K) for role "A", (M, N, r) for role "B"; float16, bfloat16, float32 or
@@ -56,6 +57,9 @@ def spectral_penalty(
     turned = role == "B" and spectrum.transform != "flat"
     with torch.no_grad(), torch.autocast(weights.device.type, enabled=False):
         w = _computable(weights)
+        found = line_native.batch_penalty(w, spectrum, role, weight)
+        if found is not None:
+            return found
         w = w.mT.contiguous() if turned else w
         grad = apply_operator(w, spectrum, 2.0 * weight)
         values = (w * grad).sum((-2, -1)).mul_(0.5)  # a dot product's bits depend on addresses
@@ -144,11 +148,24 @@ def _into_torch(
     weight: float,
     starts: Sequence[Tensor | None],
 ) -> Tensor:
-    """By the batched function: matrices of one shape and role are stacked, CHUNK elements at a time."""
-    groups: dict[tuple, list[int]] = {}
-    for i, (w, role) in enumerate(zip(params, roles, strict=True)):
-        groups.setdefault((role, w.shape, w.dtype), []).append(i)
+    """In place by lines of one length where line_native takes them; the rest by the batched function: matrices of one
+    shape and role are stacked, CHUNK elements at a time."""
     results = _results(params)
+    lines: dict[int, list[int]] = {}
+    for i, (w, role) in enumerate(zip(params, roles, strict=True)):
+        lines.setdefault(line_native.line(w.shape, spectrum, role)[0], []).append(i)
+    rest: list[int] = []
+    for index in lines.values():
+        chosen = [(params[i], starts[i], grads[i]) for i in index]
+        kinds = [roles[i] for i in index]
+        found = line_native.penalty(chosen, kinds, spectrum, weight, add=True)
+        if found is None:
+            rest += index
+        else:
+            results[:, index] = found.to(results.dtype)
+    groups: dict[tuple, list[int]] = {}
+    for i in rest:
+        groups.setdefault((roles[i], params[i].shape, params[i].dtype), []).append(i)
     for (role, shape, _), group in groups.items():
         at_once = max(1, CHUNK // shape.numel())
         for index in (group[k : k + at_once] for k in range(0, len(group), at_once)):
