@@ -86,12 +86,24 @@ def in_shares(work: Callable[[int, int], None], total: int, elements: int) -> No
 
     Args:
         elements: how many there are in all; a thread gets at least ELEMENTS_PER_THREAD.
+
+    Raises: what `work` raises, once all shares have ended.
     """
+    failures: list[BaseException] = []
+
+    def attempt(begin: int, end: int) -> None:
+        try:
+            work(begin, end)
+        except BaseException as error:
+            failures.append(error)
+
     shares = max(1, min(torch.get_num_threads(), total, elements // ELEMENTS_PER_THREAD))
     spans = [(total * i // shares, total * (i + 1) // shares) for i in range(shares)]
-    threads = [threading.Thread(target=work, args=span) for span in spans[1:]]
+    threads = [threading.Thread(target=attempt, args=span) for span in spans[1:]]
     for thread in threads:
         thread.start()
-    work(*spans[0])
+    attempt(*spans[0])
     for thread in threads:
         thread.join()
+    if failures:
+        raise failures[0]

@@ -151,18 +151,20 @@ def _into_torch(
     """In place by lines of one length where line_native takes them; the rest by the batched function: matrices of one
     shape and role are stacked, CHUNK elements at a time."""
     results = _results(params)
+    matrices = list(zip(params, starts, grads, strict=True))
+    # Two threads must not add to one gradient.
+    distinct = len({id(g) for g in grads}) == len(grads)
     lines: dict[int, list[int]] = {}
-    for i, (w, role) in enumerate(zip(params, roles, strict=True)):
-        lines.setdefault(line_native.line(w.shape, spectrum, role)[0], []).append(i)
     rest: list[int] = []
-    for index in lines.values():
-        chosen = [(params[i], starts[i], grads[i]) for i in index]
-        kinds = [roles[i] for i in index]
-        found = line_native.penalty(chosen, kinds, spectrum, weight, add=True)
-        if found is None:
-            rest += index
+    for i, (matrix, role) in enumerate(zip(matrices, roles, strict=True)):
+        if distinct and line_native.takes(matrix, role, spectrum):
+            lines.setdefault(line_native.line(matrix[0].shape, spectrum, role)[0], []).append(i)
         else:
-            results[:, index] = found.to(results.dtype)
+            rest.append(i)
+    for index in lines.values():
+        chosen, kinds = [matrices[i] for i in index], [roles[i] for i in index]
+        found = line_native.penalty(chosen, kinds, spectrum, weight, add=True)
+        results[:, index] = found.to(results.dtype)
     groups: dict[tuple, list[int]] = {}
     for i in rest:
         groups.setdefault((roles[i], params[i].shape, params[i].dtype), []).append(i)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..native_build import INT, LONG, POINTER, compile_or_warn, in_shares
 from ..runtime import require
@@ -23,7 +23,7 @@ from .transform import line_table
 
 LANES, AT_ONCE = 8, 4  # as in SOURCE
 # A small P gives the rows of 0 and P / 2, which stand for no conjugate, a large share of the work.
-LEAST_P, MOST_P = 9, 64
+LEAST_P, MOST_P = 9, 63
 MOST_LENGTH = 2**18  # LANES lines twice are 16 MB
 
 
@@ -51,31 +51,37 @@ def factors(length: int) -> tuple[int, int] | None:
     return (p, q) if LEAST_P <= p <= MOST_P and q >= LANES and length <= MOST_LENGTH else None
 
 
+def _counted(n: int) -> Tensor:
+    """0 .. n - 1, whatever the default device is."""
+    return torch.arange(n, device="cpu")
+
+
 @functools.lru_cache(maxsize=32)
 def _tables(p: int, q: int) -> tuple[Tensor, ...]:
-    """cosines, sines, twiddles and stages of a plan."""
+    """cosines, sines, twiddles and stages of a plan: rounded once, from float64."""
     h = p // 2 + 1
-    n = torch.arange(h)
+    n = _counted(h)
 
     def small(columns: Tensor, wave: Callable[[Tensor], Tensor]) -> Tensor:
         """(ceil(h / AT_ONCE), columns, AT_ONCE): the small product's matrix, AT_ONCE of its rows side by side."""
-        rows = torch.arange(-(-h // AT_ONCE) * AT_ONCE)
-        found = wave(rows[:, None] * columns % p * (2 * math.pi / p)) * (rows < h)[:, None]
+        rows = _counted(-(-h // AT_ONCE) * AT_ONCE)
+        angle = (rows[:, None] * columns % p).double() * (2 * math.pi / p)
+        found = wave(angle) * (rows < h)[:, None]
         return found.view(-1, AT_ONCE, len(columns)).transpose(1, 2)
 
     def roots(exponents: Tensor, order: int) -> Tensor:
         """exp(-2 pi i e / order) as (..., 2)."""
-        angle = exponents % order * (-2 * math.pi / order)
+        angle = (exponents % order).double() * (-2 * math.pi / order)
         return torch.stack([angle.cos(), angle.sin()], -1)
 
     steps, size = [], q
     while size >= 4:
-        steps.append(roots(torch.arange(size // 4)[:, None] * torch.arange(1, 4), size).flatten())
+        steps.append(roots(_counted(size // 4)[:, None] * (1 + _counted(3)), size).flatten())
         size //= 4
     found = (
         small(n, torch.cos),
         small(n[1 : (p - 1) // 2 + 1], torch.sin),
-        roots(torch.arange(q)[:, None] * n, p * q),
+        roots(_counted(q)[:, None] * n, p * q),
         torch.cat(steps),
     )
     return tuple(t.float().contiguous() for t in found)
@@ -84,18 +90,19 @@ def _tables(p: int, q: int) -> tuple[Tensor, ...]:
 def _order(q: int) -> Tensor:
     """Which frequency the in-place FFT leaves at each place."""
     if q < 4:
-        return torch.arange(q)
+        return _counted(q)
     quarter = _order(q // 4)
     return torch.cat([4 * quarter + i for i in range(4)])
 
 
 @functools.lru_cache(maxsize=32)
-def _sigma(spectrum: Spectrum, p: int, q: int) -> Tensor:
-    """sigma as (H, Q) float64, in the FFT's order; twice it in the rows that stand for their conjugates too."""
-    k1 = torch.arange(p // 2 + 1)[:, None]
+def _sigma(spectrum: Spectrum, p: int, q: int, factor: float) -> Tensor:
+    """factor * sigma as (H, Q), in the FFT's order; twice it in the rows that stand for their conjugates too."""
+    k1 = _counted(p // 2 + 1)[:, None]
     k = k1 + p * _order(q)
-    sigma = line_table(spectrum, p * q, torch.device("cpu"), torch.float64)
-    return sigma[torch.minimum(k, p * q - k)] * torch.where((k1 == 0) | (2 * k1 == p), 1.0, 2.0)
+    sigma = factor * line_table(spectrum, p * q, torch.device("cpu"), torch.float64)
+    times = 2 - ((k1 == 0) | (2 * k1 == p)).int()
+    return (sigma[torch.minimum(k, p * q - k)] * times).float()
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ class Lines:
                 steps, apart = ([s[a] for s in strides] for a in (axis, 1 - axis))
             numbers.append([count, *at, *steps, *apart])
             owner += [i] * count
-        return cls(torch.tensor(numbers), torch.tensor(owner))
+        return cls(torch.tensor(numbers, device="cpu"), torch.tensor(owner, device="cpu"))
 
     def per_matrix(self, values: Tensor) -> Tensor:
         """Sums of `values` (count,) over each matrix's lines."""
@@ -139,16 +146,33 @@ def line(shape: Sequence[int], spectrum: Spectrum, role: str) -> tuple[int, int 
     return shape[axis], axis
 
 
+def takes(matrix: tuple[Tensor, Tensor | None, Tensor], role: str, spectrum: Spectrum) -> bool:
+    """Whether `penalty` computes this (w, w0, g): fp32 in memory of this process, a length with factors, no fft2."""
+    if spectrum.transform == "fft2" or torch.compiler.is_compiling():
+        return False
+    w, w0, g = matrix
+    for t in [w, g] if w0 is None else [w, w0, g]:
+        plain = type(t) in (Tensor, nn.Parameter)  # not fake: C needs its address
+        if not plain or t.device.type != "cpu" or t.dtype != torch.float32 or t.is_neg():
+            return False
+        if spectrum.transform == "flat" and not t.is_contiguous():
+            return False
+    apart = all(size == 1 or step for size, step in zip(g.shape, g.stride(), strict=True))
+    return apart and factors(line(w.shape, spectrum, role)[0]) is not None and library() is not None
+
+
 def batch_penalty(
     w: Tensor, spectrum: Spectrum, role: str, weight: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Values and the gradient of weight * P of a batch (M, rows, columns); None where `penalty` does not take it."""
+    """Values and the gradient of weight * P of a batch (M, rows, columns); None where C does not take it."""
     if w.device.type != "cpu" or w.dtype != torch.float32:
         return None
     grad = torch.empty_like(w, memory_format=torch.contiguous_format)
     matrices = [(x, None, g) for x, g in zip(w, grad, strict=True)]
-    found = penalty(matrices, [role] * len(w), spectrum, weight, add=False)
-    return None if found is None else (found[0].float(), grad)
+    if not takes(matrices[0], role, spectrum):
+        return None
+    values, _ = penalty(matrices, [role] * len(w), spectrum, weight, add=False)
+    return values.float(), grad
 
 
 def penalty(
@@ -157,51 +181,46 @@ def penalty(
     spectrum: Spectrum,
     weight: float,
     add: bool,
-) -> Tensor | None:
-    """The gradient of weight * P(w - w0) of each (w, w0, g), all with lines of one length, into g or added to it.
+) -> Tensor:
+    """The gradient of weight * P(w - w0) of each (w, w0, g) into g, or added to it.
 
-    Returns: (2, M) float64: values, and squares of the gradients. None, and nothing is done, where C does not take
-        them: fft2, other devices or dtypes, a length without factors, too few lines to fill the lanes.
+    The same bits on every run of a machine, whatever else is in the list and however many threads; another compiler or
+    processor may round otherwise, as torch's FFTs do.
+
+    Args:
+        matrices: that C `takes`, with lines of one length; no g twice.
+
+    Returns: (2, M) float64: values, and squares of the gradients.
 
     Raises: ValueError: lines of several lengths.
     """
     kinds = [line(w.shape, spectrum, role) for (w, _, _), role in zip(matrices, roles, strict=True)]
-    length, axes = kinds[0][0], [axis for _, axis in kinds]
-    require(all(n == length for n, _ in kinds), "lengths", {n for n, _ in kinds}, "one")
-    given = [t for m in matrices for t in m if t is not None]
-    count = sum(
-        len(m[0]) if a == 1 else m[0].shape[1] if a == 0 else 1
-        for m, a in zip(matrices, axes, strict=True)
-    )
-    takes = spectrum.transform != "fft2" and count >= LANES // 2 and factors(length) is not None
-    takes = takes and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in given)
-    if spectrum.transform == "flat":
-        takes = takes and all(t.is_contiguous() for t in given)
-    run = library() if takes else None
-    if run is None:
-        return None
-    lines = Lines.of(matrices, axes)
-    energies, squares = add_circulant(run, lines, length, spectrum, 2.0 * weight, add)
+    lengths = {length for length, _ in kinds}
+    require(len(lengths) == 1, "lengths", lengths, "one")
+    lines = Lines.of(matrices, [axis for _, axis in kinds])
+    energies, squares = add_circulant(lines, lengths.pop(), spectrum, 2.0 * weight, add)
+    torch.autograd.graph.increment_version([g for _, _, g in matrices])
     return torch.stack([0.5 * energies, squares])
 
 
 def add_circulant(
-    run: ctypes.CDLL, lines: Lines, length: int, spectrum: Spectrum, factor: float, add: bool
+    lines: Lines, length: int, spectrum: Spectrum, factor: float, add: bool
 ) -> tuple[Tensor, Tensor]:
     """g = factor * C (w - w0), or g += it, line by line.
 
     Returns: <w - w0, factor * C (w - w0)> and |factor * C (w - w0)|^2 of each matrix, float64.
     """
-    p, q = factors(length) or (0, 0)
-    # Nothing here may wake torch's threads (as indexing does): they spin for milliseconds, on the cores that C needs.
-    tables = (*_tables(p, q), (_sigma(spectrum, p, q) * factor).float())
+    run, (p, q) = library(), factors(length) or (0, 0)
+    assert run is not None and p
+    # No torch function here may wake torch's threads: they spin for milliseconds, on the cores that C needs.
+    tables = (*_tables(p, q), _sigma(spectrum, p, q, factor))
     plan = _Plan(p, q, *(t.data_ptr() for t in tables))
     count = len(lines.owner)
-    sums = torch.empty(2, count, dtype=torch.float64)
+    sums = torch.empty(2, count, dtype=torch.float64, device="cpu")
     room = LANES * (p * (q + 2) + 2 * (p // 2 + 1) * (q + 1))
 
     def work(first: int, last: int) -> None:
-        scratch = torch.empty(room)
+        scratch = torch.empty(room, dtype=torch.float32, device="cpu")
         out = (sums[0].data_ptr(), sums[1].data_ptr(), scratch.data_ptr())
         span = (first * LANES, min(last * LANES, count))
         run.add_circulant(ctypes.byref(plan), lines.table.data_ptr(), add, *out, *span)

@@ -13,11 +13,11 @@ SOURCE = r"""
 
 #define LANES 8
 #define AT_ONCE 4  /* results of a small product that are summed together */
-#define MOST 64    /* of P, at most */
+#define MOST 63    /* of P, at most */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef double wide __attribute__((vector_size(8 * LANES)));
-typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -132,14 +132,14 @@ static void scatter(const plan *t, const line *lines, int count, float *restrict
         if (side_by_side)
             for (int64_t i = 0; i < q; i++) {
                 loose *g = (loose *)(l.g + (at + i) * l.g_step);
-                *g = add ? *g + from[i] : from[i];
+                *g = add ? (vec)*g + from[i] : from[i];
             }
         else if (are_rows(lines, count))
             for (int64_t i = 0; i < q; i += LANES) {
                 turn(from + i);
                 for (int v = 0; v < LANES; v++) {
                     loose *g = (loose *)(lines[v].g + at + i);
-                    *g = add ? *g + from[i + v] : from[i + v];
+                    *g = add ? (vec)*g + from[i + v] : from[i + v];
                 }
             }
         else

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ CASES = [
     (RAMP, [("B", 10 * 32, 8), ("B", 10 * 32, 17)], True, True),
     (RAMP, [("B", 10 * 32, 16)], False, False),
     (RAMP, [("B", 72, 4), ("B", 72, 4)], True, True),
+    (RAMP, [("A", 72, 3), ("B", 72, 6), ("A", 72, 1), ("A", 72, 9), ("B", 72, 2)], False, True),
+    (Spectrum(), [("A", 2**14, 4)], False, True),
     (RAMP, [("A", 63 * 8, 9), ("B", 63 * 8, 3), ("A", 63 * 8, 1)], True, True),
     (Spectrum("shuffled", transform="axis", norm="mean"), [("A", 12 * 8, 6)], False, True),
     (Spectrum("hard_cutoff", transform="axis"), [("B", 14 * 64, 7)], True, True),
@@ -70,11 +73,11 @@ def exact(case: Any, dtype: torch.dtype) -> list[Tensor]:
 
 
 def by_lines(matrices: list[Matrix], spectrum: Spectrum, add: bool) -> Tensor:
-    found = line_native.penalty(
+    for *matrix, role in matrices:
+        assert line_native.takes(tuple(matrix), role, spectrum)
+    return line_native.penalty(
         [m[:3] for m in matrices], [m[3] for m in matrices], spectrum, WEIGHT, add
     )
-    assert found is not None
-    return found
 
 
 def check() -> None:
@@ -160,22 +163,97 @@ def test_what_is_not_finite_stays_in_its_line(value: float) -> None:
     assert torch.equal(g[:3], clean[:3]) and torch.equal(g[4:], clean[4:])
 
 
-def test_what_is_left_to_torch() -> None:
-    w = torch.ones(8, 128)
-    strided = torch.ones(8, 256)[:, ::2]
-    flat = Spectrum(transform="flat")
-    for tensors, role, spectrum in [
-        ((w.double(), None, w.double()), "A", RAMP),
-        ((w, None, w.bfloat16()), "A", RAMP),
-        ((w, w.bfloat16(), w), "A", RAMP),
-        ((w[:3], None, w[:3]), "A", RAMP),  # 3 lines would leave 5 lanes empty
-        ((w, None, w), "A", Spectrum(transform="fft2")),
-        ((strided, None, w), "A", flat),
-        ((torch.ones(8, 101), None, torch.ones(8, 101)), "A", RAMP),
-        ((torch.ones(8, 67 * 8), None, torch.ones(8, 67 * 8)), "A", RAMP),
-    ]:
-        assert line_native.penalty([tensors], [role], spectrum, 1.0, True) is None
-    assert bool((w == 1).all())
+class Fake(Tensor):
+    """Its address means nothing."""
+
+
+LEFT = {
+    "fp64": lambda w: ((w.double(), None, w.double()), RAMP),
+    "bf16 gradient": lambda w: ((w, None, w.bfloat16()), RAMP),
+    "bf16 start": lambda w: ((w, w.bfloat16(), w), RAMP),
+    "fft2": lambda w: ((w, None, w), Spectrum(transform="fft2")),
+    "flat, not contiguous": lambda w: ((w, None, torch.ones(8, 256)[:, ::2]), Spectrum()),
+    "prime length": lambda w: ((w[:, :101], None, w[:, :101]), RAMP),
+    "large prime factor": lambda w: ((torch.ones(8, 67 * 8), None, torch.ones(8, 67 * 8)), RAMP),
+    "gradient that overlaps": lambda w: ((w, None, torch.zeros(1, 128).expand(8, 128)), RAMP),
+    "meta": lambda w: ((w.to("meta"), None, w.to("meta")), RAMP),
+    "subclass": lambda w: ((w.as_subclass(Fake), None, w), RAMP),
+    "negated view": lambda w: ((torch.complex(w, w).conj().imag, None, w), RAMP),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_is_left_to_torch(case: str) -> None:
+    matrix, spectrum = LEFT[case](torch.ones(8, 128))
+    assert not line_native.takes(matrix, "A", spectrum)
+
+
+def test_c_and_torch_in_one_call() -> None:
+    """Lengths and dtypes in any order; a gradient that is given twice gets both."""
+    kinds = [("A", 101, 3), ("B", 72, 8), ("A", 72, 2), ("B", 101, 4), ("A", 128, 5)]
+    matrices = made((RAMP, kinds, True, True))
+    matrices[2] = tuple(
+        t.double() if isinstance(t, Tensor) else t
+        for t in matrices[2]  # type: ignore[assignment]
+    )
+    w, w0, g, roles = (list(column) for column in zip(*matrices, strict=True))
+    before = [x.clone() for x in g]
+    found = spectral_penalty_into(w, g, RAMP, roles, WEIGHT, w0)
+    for i, role in enumerate(roles):
+        update = w[i].double() - w0[i].double()
+        values, gradient = spectral_penalty(update[None], RAMP, role=role, weight=WEIGHT)
+        torch.testing.assert_close(
+            g[i].double() - before[i].double(), gradient[0], atol=1e-5, rtol=1e-5
+        )
+        torch.testing.assert_close(found[0, i], values[0])
+    shared = torch.zeros_like(g[1])
+    spectral_penalty_into([w[1], w[1]], [shared, shared], RAMP, ["B", "B"], WEIGHT)
+    _, once = spectral_penalty(w[1][None], RAMP, role="B", weight=WEIGHT)
+    torch.testing.assert_close(shared, 2 * once[0])
+
+
+def test_the_default_dtype_does_not_matter() -> None:
+    """Not for the memory that C gets, and not for the tables that are kept."""
+    w = made((RAMP, [("A", 152, 8)], False, False))[0][0]
+    for forget in (line_native._tables, line_native._sigma):
+        forget.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        value, gradient = spectral_penalty(w[None], RAMP)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for forget in (line_native._tables, line_native._sigma):
+        forget.cache_clear()
+    fresh = spectral_penalty(w[None], RAMP)
+    assert torch.equal(gradient, fresh[1]) and torch.equal(value, fresh[0])
+
+
+@pytest.mark.parametrize("p,q", [(9, 8), (10, 512), (16, 256), (43, 2048)])
+def test_tables_are_rounded_once(p: int, q: int) -> None:
+    cosines, sines, twiddles, stages = line_native._tables(p, q)
+    root = np.exp(-2j * np.pi * np.arange(p * q) / (p * q))
+    k1, n2 = np.arange(p // 2 + 1), np.arange(q)
+    expected = root[n2[:, None] * k1 % (p * q)]
+    for part, exact in ((twiddles[..., 0], expected.real), (twiddles[..., 1], expected.imag)):
+        assert np.abs(part.double().numpy() - exact).max() <= 2**-25
+    assert cosines.shape[0] * line_native.AT_ONCE >= len(k1) and cosines.shape[1] == len(k1)
+    assert sines.shape[1] == (p - 1) // 2 and stages.abs().max() <= 1
+
+
+def test_under_torch_compile_torch_transforms() -> None:
+    w = made((RAMP, [("A", 72, 8)], False, False))[0][0]
+    compiled = torch.compile(lambda x: spectral_penalty(x, RAMP)[1], backend="eager")
+    torch.testing.assert_close(compiled(w[None]), spectral_penalty(w[None], RAMP)[1])
+
+
+def test_a_gradient_that_is_needed_for_backward_is_missed() -> None:
+    """As after any change in place."""
+    w, _, g, _ = made((RAMP, [("A", 72, 8)], False, True))[0]
+    leaf = torch.ones_like(g, requires_grad=True)
+    product = (leaf * g).sum()
+    by_lines([(w, None, g, "A")], RAMP, True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
 
 
 @pytest.mark.parametrize(
@@ -223,8 +301,8 @@ BUGS = {
         "for (int v = 1; v < count; v++)\n        side_by_side &= lines[v].w ",
         "for (int v = 1; v < 2; v++)\n        side_by_side &= lines[v].w ",
     ),
-    "g is not added to": ("*g = add ? *g + from[i + v]", "*g = add ? from[i + v]"),
-    "g of neighbours is not added to": ("*g = add ? *g + from[i] :", "*g = add ? from[i] :"),
+    "g is not added to": ("*g = add ? (vec)*g + from[i + v]", "*g = add ? from[i + v]"),
+    "g of neighbours is not added to": ("*g = add ? (vec)*g + from[i] :", "*g = add ? from[i] :"),
     "not turned back": ("turn(from + i);", ""),
     "g is always added to": ("*g = add ? *g + from[i][v] :", "*g = 1 ? *g + from[i][v] :"),
     "the Nyquist row of an even P": ("if (p % 2 == 0)", "if (0)"),
@@ -241,6 +319,7 @@ BUGS = {
     "radix 4, back": ("b[0] = dr - ei;", "b[0] = dr + ei;"),
     "radix 2 left out": ("if (size == 2)", "if (0)"),
     "sigma of the first row": ("t->sigma + k * t->q, both", "t->sigma, both"),
+    "a share begins at the first matrix": ("within -= matrices->lines;", "within = 0;"),
     "value of a neighbour": ("energies[first] = sums[0][v]", "energies[first] = sums[0][0]"),
 }
 
@@ -248,6 +327,8 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_seeded_bugs_are_killed(bug: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = load_copy(tmp_path, line_source, *BUGS[bug])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(native_build, "ELEMENTS_PER_THREAD", 1)
     monkeypatch.setattr(line_native, "SOURCE", copy.SOURCE)
     line_native.library.cache_clear()
     try:
