@@ -148,26 +148,23 @@ def _into_torch(
     weight: float,
     starts: Sequence[Tensor | None],
 ) -> Tensor:
-    """In place by lines of one length where line_native takes them; the rest by the batched function: matrices of one
-    shape and role are stacked, CHUNK elements at a time."""
+    """In place, line by line, where line_native takes them; the rest by the batched function: matrices of one shape and
+    role are stacked, CHUNK elements at a time."""
     results = _results(params)
     matrices = list(zip(params, starts, grads, strict=True))
     # Two threads must not add to one gradient.
     distinct = len({id(g) for g in grads}) == len(grads)
-    lines: dict[int, list[int]] = {}
-    rest: list[int] = []
-    for i, (matrix, role) in enumerate(zip(matrices, roles, strict=True)):
-        if distinct and line_native.takes(matrix, role, spectrum):
-            lines.setdefault(line_native.line(matrix[0].shape, spectrum, role)[0], []).append(i)
-        else:
-            rest.append(i)
-    for index in lines.values():
-        chosen, kinds = [matrices[i] for i in index], [roles[i] for i in index]
-        found = line_native.penalty(chosen, kinds, spectrum, weight, add=True)
-        results[:, index] = found.to(results.dtype)
+    taken: list[int] = []
     groups: dict[tuple, list[int]] = {}
-    for i in rest:
-        groups.setdefault((roles[i], params[i].shape, params[i].dtype), []).append(i)
+    for i, (w, role) in enumerate(zip(params, roles, strict=True)):
+        if distinct and line_native.takes(matrices[i], role, spectrum):
+            taken.append(i)
+        else:
+            groups.setdefault((role, w.shape, w.dtype), []).append(i)
+    if taken:
+        chosen, kinds = [matrices[i] for i in taken], [roles[i] for i in taken]
+        found = line_native.penalty(chosen, kinds, spectrum, weight, add=True)
+        results[:, taken] = found.to(results.dtype)
     for (role, shape, _), group in groups.items():
         at_once = max(1, CHUNK // shape.numel())
         for index in (group[k : k + at_once] for k in range(0, len(group), at_once)):

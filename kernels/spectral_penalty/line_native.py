@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..native_build import INT, LONG, POINTER, compile_or_warn, in_shares
-from ..runtime import require
 from .line_source import SOURCE
 from .reference import Spectrum
 from .transform import line_table
@@ -146,14 +145,19 @@ def line(shape: Sequence[int], spectrum: Spectrum, role: str) -> tuple[int, int 
     return shape[axis], axis
 
 
+def _addressable(t: Tensor) -> bool:
+    """Whether C finds fp32 values at the tensor's address: on a CPU, no fake or other subclass, no lazy negation."""
+    plain = type(t) in (Tensor, nn.Parameter)
+    return plain and t.device.type == "cpu" and t.dtype == torch.float32 and not t.is_neg()
+
+
 def takes(matrix: tuple[Tensor, Tensor | None, Tensor], role: str, spectrum: Spectrum) -> bool:
     """Whether `penalty` computes this (w, w0, g): fp32 in memory of this process, a length with factors, no fft2."""
     if spectrum.transform == "fft2" or torch.compiler.is_compiling():
         return False
     w, w0, g = matrix
     for t in [w, g] if w0 is None else [w, w0, g]:
-        plain = type(t) in (Tensor, nn.Parameter)  # not fake: C needs its address
-        if not plain or t.device.type != "cpu" or t.dtype != torch.float32 or t.is_neg():
+        if not _addressable(t):
             return False
         if spectrum.transform == "flat" and not t.is_contiguous():
             return False
@@ -165,7 +169,7 @@ def batch_penalty(
     w: Tensor, spectrum: Spectrum, role: str, weight: float
 ) -> tuple[Tensor, Tensor] | None:
     """Values and the gradient of weight * P of a batch (M, rows, columns); None where C does not take it."""
-    if w.device.type != "cpu" or w.dtype != torch.float32:
+    if not _addressable(w):
         return None
     grad = torch.empty_like(w, memory_format=torch.contiguous_format)
     matrices = [(x, None, g) for x, g in zip(w, grad, strict=True)]
@@ -188,19 +192,21 @@ def penalty(
     processor may round otherwise, as torch's FFTs do.
 
     Args:
-        matrices: that C `takes`, with lines of one length; no g twice.
+        matrices: that C `takes`, of any mix of shapes; no g twice.
 
     Returns: (2, M) float64: values, and squares of the gradients.
-
-    Raises: ValueError: lines of several lengths.
     """
     kinds = [line(w.shape, spectrum, role) for (w, _, _), role in zip(matrices, roles, strict=True)]
-    lengths = {length for length, _ in kinds}
-    require(len(lengths) == 1, "lengths", lengths, "one")
-    lines = Lines.of(matrices, [axis for _, axis in kinds])
-    energies, squares = add_circulant(lines, lengths.pop(), spectrum, 2.0 * weight, add)
+    groups: dict[int, list[int]] = {}
+    for i, (length, _) in enumerate(kinds):
+        groups.setdefault(length, []).append(i)
+    results = torch.empty(2, len(matrices), dtype=torch.float64, device="cpu")
+    for length, index in groups.items():
+        lines = Lines.of([matrices[i] for i in index], [kinds[i][1] for i in index])
+        energies, squares = add_circulant(lines, length, spectrum, 2.0 * weight, add)
+        results[:, index] = torch.stack([0.5 * energies, squares])
     torch.autograd.graph.increment_version([g for _, _, g in matrices])
-    return torch.stack([0.5 * energies, squares])
+    return results
 
 
 def add_circulant(

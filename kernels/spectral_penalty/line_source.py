@@ -89,6 +89,7 @@ static void gather(const plan *t, const line *lines, int count, float *restrict 
     for (int v = 1; v < count; v++)
         side_by_side &= lines[v].w == l.w + v && lines[v].w_step == l.w_step
             && (l.w0 ? lines[v].w0 == l.w0 + v && lines[v].w0_step == l.w0_step : !lines[v].w0);
+    const int rows = are_rows(lines, count);
     for (int64_t n1 = 0; n1 < t->p; n1++) {
         vec *to = row_of(x, t, n1);
         const int64_t at = n1 * q;
@@ -97,7 +98,7 @@ static void gather(const plan *t, const line *lines, int count, float *restrict 
                 to[i] = *(const loose *)(l.w + (at + i) * l.w_step);
             for (int64_t i = 0; l.w0 && i < q; i++)
                 to[i] -= *(const loose *)(l.w0 + (at + i) * l.w0_step);
-        } else if (are_rows(lines, count)) {
+        } else if (rows) {
             for (int64_t i = 0; i < q; i += LANES) {
                 for (int v = 0; v < LANES; v++) {
                     to[i + v] = *(const loose *)(lines[v].w + at + i);
@@ -126,6 +127,7 @@ static void scatter(const plan *t, const line *lines, int count, float *restrict
     int side_by_side = count == LANES;
     for (int v = 1; v < count; v++)
         side_by_side &= lines[v].g == l.g + v && lines[v].g_step == l.g_step;
+    const int rows = are_rows(lines, count);
     for (int64_t n1 = 0; n1 < t->p; n1++) {
         vec *from = row_of(x, t, n1);
         const int64_t at = n1 * q;
@@ -134,7 +136,7 @@ static void scatter(const plan *t, const line *lines, int count, float *restrict
                 loose *g = (loose *)(l.g + (at + i) * l.g_step);
                 *g = add ? (vec)*g + from[i] : from[i];
             }
-        else if (are_rows(lines, count))
+        else if (rows)
             for (int64_t i = 0; i < q; i += LANES) {
                 turn(from + i);
                 for (int v = 0; v < LANES; v++) {
