@@ -1,11 +1,18 @@
-"""Copies of a module with a bug seeded into them."""
+"""Copies of a module with a bug seeded into them, and C sources that are compiled anew, or cannot be."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import pytest
+
+from flex.kernels import native_build
 
 
 def load_copy(folder: Path, module: ModuleType, old: str, new: str) -> ModuleType:
@@ -23,3 +30,22 @@ def load_copy(folder: Path, module: ModuleType, old: str, new: str) -> ModuleTyp
     sys.modules[name] = copy  # triton looks a function's module up
     spec.loader.exec_module(copy)
     return copy
+
+
+@contextmanager
+def compiled_anew(cached: Any) -> Iterator[None]:
+    """`cached`, a cached function that compiles a C source, starts afresh, and forgets at the end what it made."""
+    cached.cache_clear()
+    try:
+        yield
+    finally:
+        cached.cache_clear()
+
+
+@contextmanager
+def without_a_compiler(cached: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`cached` as in `compiled_anew`, on a machine that has no compiler."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(native_build, "COMPILERS", ("no-such-compiler",))
+    with compiled_anew(cached):
+        yield

@@ -5,10 +5,9 @@ import logging
 import pytest
 import torch
 
-from flex.kernels import native_build
 from flex.kernels.lora_linear import dropout
 from flex.kernels.lora_linear import dropout_native as native
-from tests.mutants import load_copy
+from tests.mutants import load_copy, without_a_compiler
 
 CPU = torch.device("cpu")
 CASES = [(1, 1, 0.5), (7, 33, 0.1), (64, 576, 0.05), (3, 8, 0.0), (5, 64, 0.99999), (0, 8, 0.5)]
@@ -40,16 +39,11 @@ def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
 
 def test_without_a_compiler_torch_makes_it(monkeypatch, caplog):
     expected = dropout.keep_mask(5, 10, 20, 0.1, CPU)
-    native.native_mask.cache_clear()
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(native_build, "COMPILERS", ("no-such-compiler",))
-    try:
+    with without_a_compiler(native.native_mask, monkeypatch):
         with caplog.at_level(logging.WARNING, "flex.kernels"):
             assert torch.equal(dropout.keep_mask(5, 10, 20, 0.1, CPU), expected)
             dropout.keep_mask(5, 10, 20, 0.1, CPU)
         assert caplog.text.count("take its place") == 1
-    finally:
-        native.native_mask.cache_clear()
 
 
 BUGS = {

@@ -19,7 +19,7 @@ from flex.kernels.spectral_penalty import (
     spectral_penalty_into,
     spectral_penalty_reference,
 )
-from tests.mutants import load_copy
+from tests.mutants import compiled_anew, load_copy, without_a_compiler
 from tests.oracle import assert_within_budget
 
 RAMP = Spectrum(transform="axis")
@@ -280,15 +280,10 @@ def test_without_a_compiler_torch_transforms(
 ) -> None:
     w = made(CASES[0])[0][0]
     with_c = spectral_penalty(w[None], RAMP)
-    line_native.library.cache_clear()
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(native_build, "COMPILERS", ("no-such-compiler",))
-    try:
+    with without_a_compiler(line_native.library, monkeypatch):
         with caplog.at_level(logging.WARNING, "flex.kernels"):
             without = [spectral_penalty(w[None], RAMP) for _ in range(2)][0]
         assert caplog.text.count("C source of its transforms") == 1
-    finally:
-        line_native.library.cache_clear()
     for one, other in zip(with_c, without, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
@@ -330,10 +325,7 @@ def test_seeded_bugs_are_killed(bug: str, tmp_path: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(native_build, "ELEMENTS_PER_THREAD", 1)
     monkeypatch.setattr(line_native, "SOURCE", copy.SOURCE)
-    line_native.library.cache_clear()
-    try:
+    with compiled_anew(line_native.library):
         assert line_native.library() is not None
         with pytest.raises(AssertionError):
             check()
-    finally:
-        line_native.library.cache_clear()

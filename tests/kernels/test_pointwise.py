@@ -5,7 +5,6 @@ import logging
 import pytest
 import torch
 
-from flex.kernels import native_build
 from flex.kernels.budget import budget_used
 from flex.kernels.pointwise import (
     api,
@@ -19,7 +18,7 @@ from flex.kernels.pointwise import (
     swiglu,
     swiglu_reference,
 )
-from tests.mutants import load_copy
+from tests.mutants import load_copy, without_a_compiler
 
 SOFTMAX = [(1, 1, 1), (2, 16, 1), (1, 17, 3), (3, 2, 4), (2, 67, 2)]  # batch, length, groups
 SHAPES = [(1, 1), (3, 17), (2, 5, 64), (1, 7, 576), (130, 33)]
@@ -173,17 +172,12 @@ def test_what_the_c_functions_do_not_take_is_the_reference():
 
 
 def test_without_a_compiler_plain_operations_take_its_place(monkeypatch, caplog):
-    native.library.cache_clear()
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(native_build, "COMPILERS", ("no-such-compiler",))
     x = bf16(3, 8, seed=0)
-    try:
+    with without_a_compiler(native.library, monkeypatch):
         with caplog.at_level(logging.WARNING, "flex.kernels"):
             assert torch.equal(swiglu(x, x), swiglu_reference(x, x))
             swiglu(x, x)
         assert caplog.text.count("take its place") == 1
-    finally:
-        native.library.cache_clear()
 
 
 BUGS = {

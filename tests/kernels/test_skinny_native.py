@@ -14,7 +14,7 @@ from flex.kernels.lora_linear import skinny_native as native
 from flex.kernels.lora_linear import skinny_source
 from flex.kernels.lora_linear.dropout import apply_mask, keep_mask, philox_keys
 from flex.kernels.lora_linear.torch_path import backward, forward
-from tests.mutants import load_copy
+from tests.mutants import compiled_anew, load_copy, without_a_compiler
 from tests.oracle import assert_within_budget
 
 CPU = torch.device("cpu")
@@ -162,15 +162,10 @@ def test_strided_operands_and_part_of_the_gradients() -> None:
 def test_without_a_compiler_torch_multiplies(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    native.library.cache_clear()
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(native_build, "COMPILERS", ("no-such-compiler",))
-    try:
+    with without_a_compiler(native.library, monkeypatch):
         with caplog.at_level(logging.WARNING, "flex.kernels"):
             check_budgets()
         assert caplog.text.count("C source of the low-rank products") == 1
-    finally:
-        native.library.cache_clear()
 
 
 def test_what_it_does_not_take() -> None:
@@ -225,10 +220,7 @@ BUGS = {
 def test_seeded_bugs_are_killed(bug: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = load_copy(tmp_path, skinny_source, *BUGS[bug])
     monkeypatch.setattr(native, "SOURCE", copy.SOURCE)
-    native.library.cache_clear()
-    try:
+    with compiled_anew(native.library):
         assert native.library() is not None
         with pytest.raises(AssertionError):
             check()
-    finally:
-        native.library.cache_clear()
