@@ -1,8 +1,10 @@
-"""Published figures of accelerators: the vendors' data sheets, dense bf16 with fp32 accumulation."""
+"""Published figures of accelerators (the vendors' data sheets, dense bf16 with fp32 accumulation); what a CPU has."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import ConfigError
 
@@ -41,3 +43,17 @@ def find_chip(name: str) -> Chip:
             f"use one of {', '.join(CHIPS)}",
         )
     return CHIPS[name.lower()]
+
+
+@functools.cache
+def has_bf16_dot_products() -> bool:
+    """Whether this machine's processor is one that attention is computed on in C: AVX-512 with bf16, no AMX.
+
+    From /proc/cpuinfo, without torch; False where there is none. `flex.kernels.causal_attention` asks torch.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    return "avx512_bf16" in flags and "amx_tile" not in flags

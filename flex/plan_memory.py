@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .chips import has_bf16_dot_products
 from .plan_job import Job, gradient_flow
 
 # Stated, not derived. A process that has imported torch, transformers, PEFT, bitsandbytes and
@@ -109,11 +110,22 @@ def _norm(job: Job, device: str) -> float:
     return job.positions * (width * job.model.hidden + FP32)
 
 
+def _attention_in_c(job: Job, device: str) -> bool:
+    """Whether flex.kernels.causal_attention computes attention on this machine; supposes a C compiler."""
+    model = job.cfg.model
+    fits = job.model.head_dim % 32 == 0 and model.attention == "auto"
+    return device == "cpu" and model.dtype == "bfloat16" and fits and has_bf16_dot_products()
+
+
 def _attention(job: Job, device: str) -> float:
     model, t, b = job.model, job.positions, job.width
     query, keys = b * t * model.attention_width, 2 * b * t * model.kv_width
     if job.cfg.model.attention == "eager":  # fp32 and narrow probabilities over the whole row
         return query + keys + (FP32 + b) * model.heads * t * t
+    if _attention_in_c(job, device):
+        return (
+            query + keys + 2 * FP32 * model.heads * t
+        )  # of each row its largest score and its sum
     if device == "cuda" or job.document > SHORT:
         return 2 * query + keys + FP32 * model.heads * t  # and the output, log-sum-exp
     return query + keys

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from flex.kernels.causal_attention import rotated
 from flex.model.attention_cpu import packed_attention_cpu
 
 log = logging.getLogger("flex.model")
@@ -46,6 +47,7 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seqlens: Tensor | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document of a packed row; transformers' attention interface.
@@ -56,6 +58,8 @@ def packed_attention(
         attention_mask: what `_mask` returned.
         cu_seqlens: (documents + 1,) int32, 0 first and T last, never changed in place; none: defer
             to `sdpa`.
+        angles: cos and sin (1, T, D) of the rotary embedding, only with `cu_seqlens`: query and key are not turned
+            yet (rotary.py).
 
     Returns:
         (1, T, H, D) in the dtype of `query`, and None (no attention weights).
@@ -93,7 +97,10 @@ def packed_attention(
     if query.device.type == "cpu" and dropout == 0.0:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return packed_attention_cpu(q, k, v, lengths, scale)[None], None
+        turns = None if angles is None else (angles[0][0], angles[1][0])
+        return packed_attention_cpu(q, k, v, lengths, scale, turns)[None], None
+    if angles is not None:
+        query, key = (_turned(x, *angles) for x in (query, key))
     if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
         options: Any = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": grouped}
@@ -116,6 +123,11 @@ def packed_attention(
         for q, k, v in documents
     ]
     return torch.cat(outputs, dim=1), None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(1, H, T, D) by angles (1, T, D)."""
+    return rotated(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None]
 
 
 def _lengths(cu_seqlens: Tensor) -> tuple[int, ...]:

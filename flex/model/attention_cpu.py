@@ -1,9 +1,10 @@
-"""Causal attention over packed short documents on a CPU, as batched matrix products.
+"""Causal attention over packed documents on a CPU: in C where `flex.kernels.causal_attention` takes them, else here.
 
-torch's CPU flash attention is slow in backward at a few hundred positions: 16 documents of 170 (9 heads of 64 over
-3 key heads, bf16, two cores of a Zen 4, torch 2.13) take 82 ms forward and backward as a loop over documents, the
-batched products below 20 ms. Backward makes the probabilities again, as flash attention does: kept, they would be a
-fifth of a step's activations (SmolLM2 on MBPP). They exist for one layer at a time, heads x length^2 a document.
+Here short documents are batched matrix products. torch's CPU flash attention is slow in backward at a few hundred
+positions: 16 documents of 170 (9 heads of 64 over 3 key heads, bf16, two cores of a Zen 4, torch 2.13) take 82 ms
+forward and backward as a loop over documents, the batched products below 20 ms. Backward makes the probabilities again,
+as flash attention does: kept, they would be a fifth of a step's activations (SmolLM2 on MBPP). They exist for one layer
+at a time, heads x length^2 a document.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flex.kernels import products
+from flex.kernels.causal_attention import causal_attention, rotated, takes
 from flex.kernels.pointwise import causal_softmax_, causal_softmax_backward_
 
 MAX_LENGTH = (
@@ -75,9 +77,19 @@ def bucketed_attention(
 
 
 def packed_attention_cpu(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    angles: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`bucketed_attention` of runs of short documents, torch's flash attention of each longer one; shapes as there."""
+    """softmax(scale Q K^T, causal within each document) V; arguments as of `causal_attention`, which computes it where
+    it can. Elsewhere `bucketed_attention` of runs of short documents, torch's flash attention of each longer one."""
+    if takes(query, key, value, angles):
+        return causal_attention(query, key, value, lengths, scale, angles)
+    if angles is not None:
+        query, key = rotated(query, *angles), rotated(key, *angles)
     runs = [(short, tuple(run)) for short, run in groupby(lengths, key=lambda n: n <= MAX_LENGTH)]
     if len(runs) == 1 and runs[0][0]:
         return bucketed_attention(query, key, value, make_plan(lengths), scale)

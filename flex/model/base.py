@@ -25,7 +25,7 @@ from transformers import (
 
 from flex.config import ModelConfig
 from flex.errors import ModelError
-from flex.model import attention, pointwise
+from flex.model import attention, pointwise, rotary
 from flex.model.places import Partitioned, Place, Quantised
 from flex.model.presets import byte_tokenizer, shape_config
 from flex.model.shapes import is_big, shape_folder
@@ -151,6 +151,7 @@ def load_model(
     model.eval()
     model.config.use_cache = False
     pointwise.install(model)
+    rotary.install(model)
     if cfg.gradient_checkpointing:
         # Non-reentrant: gradients reach the adapters although the embeddings are frozen, and
         # dropout is replayed.

@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and the softmax of causal attention: the C functions where they take the tensors, else references."""
+"""RMSNorm, SwiGLU, causal attention's softmax, the loss: in C where the tensors allow it, else references."""
 
 from __future__ import annotations
 
@@ -84,6 +84,35 @@ def causal_softmax_backward_(
     run, rows = _c().causal_softmax_backward, dp.numel() // max(1, length)
     in_shares(lambda a, b: run(p, d, a, b, length, groups, scale), rows, dp.numel())
     return dp
+
+
+def cross_entropy_into(logits: Tensor, labels: Tensor, scale: float, grad: Tensor | None) -> Tensor:
+    """Summed cross-entropy in nats, 0-dim fp64, not scaled; into `grad` scale * (softmax(logits) - onehot(labels)).
+
+    Args:
+        logits: (n, V), contiguous, of a dtype that the C functions take (`takes`).
+        labels: (n,) int64, each in [0, V).
+        grad: (n, V), contiguous, of the logits' dtype, or None. It may be `logits` itself, which are then overwritten.
+
+    Raises: ValueError: the shapes do not fit, a label is outside [0, V), or the C functions do not take the logits.
+    """
+    rows, size = logits.shape
+    require(labels.shape == (rows,), "labels.shape", tuple(labels.shape), f"({rows},)")
+    for name, t in (("logits", logits), ("grad", grad)):
+        if t is not None:
+            require(t.shape == logits.shape, f"{name}.shape", tuple(t.shape), "the logits'")
+            require(takes(t) and t.is_contiguous(), name, t.dtype, "contiguous bf16 on a CPU")
+    if rows == 0:
+        return torch.zeros((), dtype=torch.float64)
+    inside = int(labels.min()) >= 0 and int(labels.max()) < size
+    require(inside, "a label", f"outside [0, {size})", "a token of the vocabulary")
+    labels, stats = labels.contiguous(), torch.empty(rows, 2)
+    picked = logits.gather(1, labels[:, None])[:, 0].float()  # before they are overwritten
+    at = (logits.data_ptr(), labels.data_ptr(), None if grad is None else grad.data_ptr())
+    run, out = _c().cross_entropy, stats.data_ptr()
+    in_shares(lambda a, b: run(*at, out, a, b, size, scale), rows, logits.numel())
+    most, total = stats.unbind(1)
+    return (total.log() + (most - picked)).sum(dtype=torch.float64)
 
 
 def _require_scores(scores: Tensor, groups: int) -> None:

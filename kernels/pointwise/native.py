@@ -140,6 +140,37 @@ void causal_softmax_backward(const bf16 *restrict probabilities, bf16 *restrict 
         for (int32_t i = seen; i < length; i++) d[i] = 0;
     }
 }
+
+/* Of each row its largest logit and the sum of exp(logit - largest). grad, if not NULL, may be the logits:
+   scale (softmax - onehot(label)). */
+void cross_entropy(const bf16 *logits, const int64_t *labels, bf16 *grad, float *stats, int64_t begin, int64_t end,
+                   int32_t size, float scale)
+{
+    enum { BLOCK = 2048 }; /* elements whose sum is taken in fp32 */
+    for (int64_t row = begin; row < end; row++) {
+        const bf16 *in = logits + row * size;
+        const float picked = wide(in[labels[row]]);
+        float most = -__builtin_inff();
+#pragma omp simd reduction(max : most)
+        for (int32_t i = 0; i < size; i++) most = wide(in[i]) > most ? wide(in[i]) : most;
+        double total = 0.0;
+        for (int32_t start = 0; start < size; start += BLOCK) {
+            const int32_t stop = size - start < BLOCK ? size : start + BLOCK;
+            float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+            for (int32_t i = start; i < stop; i++) sum += exponential(wide(in[i]) - most);
+            total += sum;
+        }
+        stats[2 * row] = most;
+        stats[2 * row + 1] = (float)total;
+        if (!grad) continue;
+        bf16 *out = grad + row * size;
+        const float share = scale / (float)total;
+#pragma GCC ivdep
+        for (int32_t i = 0; i < size; i++) out[i] = narrow(exponential(wide(in[i]) - most) * share);
+        out[labels[row]] = narrow(exponential(picked - most) * share - scale);
+    }
+}
 """
 LONGEST = 4096  # scores of a row: 16 KiB of a thread's stack
 ARGUMENTS = {
@@ -149,6 +180,7 @@ ARGUMENTS = {
     "swiglu_backward": (*[POINTER] * 5, LONG, LONG),
     "causal_softmax": (POINTER, LONG, LONG, INT, INT, FLOAT),
     "causal_softmax_backward": (POINTER, POINTER, LONG, LONG, INT, INT, FLOAT),
+    "cross_entropy": (*[POINTER] * 4, LONG, LONG, INT, FLOAT),
 }
 
 
@@ -158,5 +190,5 @@ def library() -> ctypes.CDLL | None:
     # simd: sums may be taken in another order; no OpenMP runtime comes with it. Contracted products: a quarter
     # to a half of SwiGLU's time, and everything is rounded to bf16 afterwards.
     flags = ("-fopenmp-simd", "-ffp-contract=fast", f"-DLONGEST={LONGEST}")
-    what = "pointwise: the C source of RMSNorm, SwiGLU and attention's softmax"
+    what = "pointwise: the C source of RMSNorm, SwiGLU, attention's softmax and the loss"
     return compile_or_warn("pointwise", SOURCE, ARGUMENTS, what, "PyTorch's operations", flags)

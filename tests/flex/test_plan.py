@@ -15,12 +15,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from flex import loss, loss_head, plan_cost, plan_memory
-from flex.chips import CHIPS
+from flex.chips import CHIPS, has_bf16_dot_products
 from flex.commands import main
 from flex.config import RunConfig
 from flex.config_io import load_config
 from flex.errors import ConfigError, ModelError
 from flex.kernels import products
+from flex.kernels.causal_attention import native as causal_attention
 from flex.kernels.lora_linear import skinny_native
 from flex.loss import cross_entropy_sum
 from flex.model.adapters import add_adapters
@@ -171,6 +172,17 @@ def test_the_bound_takes_the_longer_of_arithmetic_and_memory() -> None:
 # ---- against torch ----
 
 
+def choose_attention(in_c: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if in_c and causal_attention.compiled() is None:
+        pytest.skip("needs a processor with AVX-512 bf16 dot products")
+    monkeypatch.setattr(causal_attention, "suits_processor", lambda: in_c)
+    monkeypatch.setattr(plan_memory, "has_bf16_dot_products", lambda: in_c)
+
+
+def test_the_plan_knows_the_processor_as_the_kernels_do() -> None:
+    assert has_bf16_dot_products() == causal_attention.suits_processor()
+
+
 def small(targets: tuple[str, ...], positions: int, documents: int = 1, **model: object) -> Job:
     cfg = RunConfig.model_validate(
         {
@@ -221,15 +233,18 @@ def kept_by_autograd(job: Job) -> int:
         (("o_proj", "down_proj"), 700, 1, "bfloat16"),
     ],
 )
+@pytest.mark.parametrize("in_c", [False, True], ids=["attention by torch", "attention in C"])
 def test_what_autograd_keeps(
     targets: tuple[str, ...],
     positions: int,
     documents: int,
     dtype: str,
+    in_c: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # without 16-bit products flash attention keeps its operands in fp32 besides
     monkeypatch.setattr(products, "_has_units", lambda dtype: True)
+    choose_attention(in_c, monkeypatch)
     job = small(targets, positions, documents, dtype=dtype)
     assert kept_by_autograd(job) == pytest.approx(plan_memory.activations(job, "cpu"), rel=1e-3)
 
@@ -254,6 +269,7 @@ def test_flops_are_those_that_torch_counts(
 ) -> None:
     # products in C are none of torch's operations
     monkeypatch.setattr(skinny_native, "library_for", lambda *_: None)
+    choose_attention(False, monkeypatch)
     job = small(targets, 128, gradient_checkpointing=recompute)
     model, inputs = forward(job)
     labels = torch.zeros(128, dtype=torch.int64)

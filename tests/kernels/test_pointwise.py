@@ -12,6 +12,7 @@ from flex.kernels.pointwise import (
     causal_softmax_backward_,
     causal_softmax_backward_reference,
     causal_softmax_reference,
+    cross_entropy_into,
     native,
     rms_norm,
     rms_norm_reference,
@@ -108,6 +109,59 @@ def test_a_softmax_of_another_shape_is_refused_and_other_dtypes_take_the_referen
     assert causal_softmax_(long, 1, 1.0)[0, 1, 1] == 0.5
 
 
+def check_cross_entropy(rows: int, size: int) -> None:
+    """Value and gradient against fp64, into another tensor and into the logits themselves."""
+    logits = bf16(rows, size, seed=0, scale=4.0)
+    labels = torch.randint(size, (rows,), generator=torch.Generator().manual_seed(1))
+    leaf = logits.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(leaf, labels, reduction="sum")
+    (truth,) = torch.autograd.grad(0.37 * exact, leaf)
+    grad = torch.empty_like(logits)
+    value = cross_entropy_into(logits, labels, 0.37, grad)
+    torch.testing.assert_close(value, exact.detach(), rtol=1e-6, atol=1e-6)
+    # rounded once, from fp32
+    torch.testing.assert_close(grad.double(), truth, rtol=2**-8, atol=1e-9)
+    assert torch.equal(cross_entropy_into(logits.clone(), labels, 0.37, None), value)
+    inside = logits.clone()
+    assert torch.equal(cross_entropy_into(inside, labels, 0.37, inside), value)
+    assert torch.equal(inside, grad)
+
+
+ENTROPIES = [(1, 1), (3, 17), (5, 2048), (4, 2049), (2, 5003)]
+
+
+@pytest.mark.parametrize("shape", ENTROPIES, ids=str)
+def test_cross_entropy(shape, poison):
+    check_cross_entropy(*shape)
+
+
+def test_cross_entropy_of_large_logits_and_of_nan():
+    logits = torch.tensor([[3e4, -3e4, 0.0], [0.0, 0.0, 3e4]]).bfloat16()
+    grad = torch.empty_like(logits)
+    value = cross_entropy_into(logits, torch.tensor([1, 2]), 1.0, grad)
+    assert value == 2 * logits[0, 0].double()
+    torch.testing.assert_close(
+        grad.float(), torch.tensor([[1.0, -1, 0], [0, 0, 0]]), atol=1e-20, rtol=0
+    )
+    logits[0, 2] = torch.nan
+    assert cross_entropy_into(logits, torch.tensor([0, 0]), 1.0, grad).isnan()
+    assert grad[0].isnan().all() and not grad[1].isnan().any()
+
+
+def test_cross_entropy_refuses_what_it_cannot_read():
+    logits, labels = bf16(2, 5, seed=0), torch.tensor([0, 4])
+    for bad in (torch.tensor([0, 5]), torch.tensor([-100, 0])):
+        with pytest.raises(ValueError, match="a label"):
+            cross_entropy_into(logits, bad, 1.0, None)
+    with pytest.raises(ValueError, match="labels.shape"):
+        cross_entropy_into(logits, labels[:1], 1.0, None)
+    with pytest.raises(ValueError, match="grad"):
+        cross_entropy_into(logits, labels, 1.0, logits.float())
+    with pytest.raises(ValueError, match="logits"):
+        cross_entropy_into(logits.t().contiguous().t(), labels, 1.0, None)
+    assert cross_entropy_into(logits[:0], labels[:0], 1.0, None) == 0
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("check_one", [check_rms_norm, check_swiglu], ids=["rms_norm", "swiglu"])
 def test_within_the_budget_of_plain_operations(check_one, shape):
@@ -143,7 +197,9 @@ def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
 
     def run():
         p = causal_softmax_(scores.clone(), 1, 2.0)
-        return rms_norm(x, weight, EPS), swiglu(x, x), p, causal_softmax_backward_(p, p * p, 1, 2.0)
+        loss = cross_entropy_into(x, torch.arange(1100) % 577, 0.5, grad := torch.empty_like(x))
+        softmax = p, causal_softmax_backward_(p, p * p, 1, 2.0)
+        return rms_norm(x, weight, EPS), swiglu(x, x), *softmax, loss, grad
 
     alone = run()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -199,6 +255,15 @@ BUGS = {
     "softmax's projection": ("(wide(d[i]) - dot)", "wide(d[i])"),
     "last of the sum missed": ("i < whole; i++) sum", "i < whole - 16; i++) sum"),
     "gradient's scale": ("narrow(scale * wide(p[i])", "narrow(wide(p[i])"),
+    "a block's sum lost": ("total += sum;", "total = sum;"),
+    "label left out": ("share - scale);", "share);"),
+    "another row's label": ("in[labels[row]]", "in[labels[0]]"),
+    "not the largest": ("wide(in[i]) > most ? wide(in[i]) : most", "0.0f"),
+    "loss not scaled": ("scale / (float)total", "1.0f / (float)total"),
+    "last of the gradient missed": (
+        "i < size; i++) out[i] = narrow(exp",
+        "i < size - 1; i++) out[i] = narrow(exp",
+    ),
     "short polynomial": ("p = p * r + 0.5f;", "p = p * r + 0.4f;"),
 }
 
@@ -215,5 +280,7 @@ def test_seeded_bugs_are_killed(bug, tmp_path, monkeypatch):
             check_swiglu(shape)
         for sizes in SOFTMAX:
             check_softmax(*sizes)
+        for shape in ENTROPIES:
+            check_cross_entropy(*shape)
         check_large_scores()
         check_every_gate()
