@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from .errors import ModelError
 from .meters import format_duration
-from .model.nf4 import NotPositive
+from .model.nf4 import BLOCK, NotPositive
 from .model.nf4_store import Rounded, read_back, round_matrix
 from .model.places import Quantised
 from .state import Batch
@@ -48,14 +48,26 @@ class Call:
             return _hidden_of(layer(hidden, *self.args, **self.kwargs))
         return _hidden_of(layer(*self.args, hidden_states=hidden, **self.kwargs))
 
+    def same(self, other: Call) -> bool:
+        """Whether both calls have the very same arguments."""
+        if len(self.args) != len(other.args) or self.kwargs.keys() != other.kwargs.keys():
+            return False
+        pairs = [*zip(self.args, other.args, strict=True)]
+        pairs += [(value, other.kwargs[key]) for key, value in self.kwargs.items()]
+        return all(a is b for a, b in pairs)
+
 
 @dataclass
 class Recorded:
-    """A batch on its way: its hidden states, which of its positions are real, and each layer's call."""
+    """A batch on its way: its hidden states, which of its positions are real, and the calls of the layers to come."""
 
     hidden: Tensor
     real: Tensor  # (rows, T) bool
     calls: list[Call]
+
+    def through(self, layer: nn.Module) -> Tensor:
+        """What the next layer makes of it."""
+        return self.calls[0](layer, self.hidden)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -81,14 +93,38 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """The names of what is quantised: the linear layers within the decoder layers, but the output head."""
-    prefix, layers = decoder_layers(model)
+    """The names of what is to be rounded; what stays dense is logged, but for the output head.
+
+    Linear layers within the decoder layers whose rows hold whole blocks: over others, bitsandbytes 0.50's code for
+    CPUs with AVX512 begins a block with each row, and reads another matrix than was stored.
+
+    Raises ModelError: there are none, or no decoder layers are found.
+    """
+    prefix, _ = decoder_layers(model)
     head = model.get_output_embeddings()
-    return [
-        f"{prefix}.{name}"
-        for name, module in layers.named_modules()
-        if type(module) is nn.Linear and module is not head
-    ]
+    found: list[str] = []
+    outside: list[str] = []
+    ragged: list[str] = []
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module is not head:
+            inside, whole = name.startswith(f"{prefix}."), module.in_features % BLOCK == 0
+            (outside if not inside else found if whole else ragged).append(name)
+    for names, why in (
+        (outside, "they are outside the decoder layers"),
+        (
+            ragged,
+            f"their inputs are no multiple of {BLOCK}, which some CPUs read wrongly in 4 bits",
+        ),
+    ):
+        if names:
+            log.warning("%d linear layers stay dense, first %s: %s", len(names), names[0], why)
+    if not found:
+        raise ModelError(
+            f"no linear layer of {type(model).__name__} can be rounded",
+            f"they must be within its decoder layers and have a multiple of {BLOCK} inputs",
+            _INSTEAD,
+        )
+    return found
 
 
 @torch.no_grad()
@@ -101,7 +137,7 @@ def round_model(
         model: dense, in eval mode; changed in place.
         batches: on the model's device.
         place: kind nf4.
-        names: as `linear_layers` gave them.
+        names: as `linear_layers` gave them, before anything took the linear layers' place.
 
     Raises:
         ModelError: a weight or an activation is not finite, or the layers do not follow one another.
@@ -113,10 +149,10 @@ def round_model(
     for i, layer in enumerate(layers):
         inside = f"{prefix}.{i}."
         own = [name.removeprefix(inside) for name in names if name.startswith(inside)]
-        rounded = _round_layer(layer, own, i, on_the_way, place, inside)
+        rounded = _round_layer(layer, own, on_the_way, place, inside)
         for batch in on_the_way:
-            batch.hidden = batch.calls[i](layer, batch.hidden)
-            batch.calls[i] = None  # type: ignore[call-overload]  # masks and the like are freed
+            batch.hidden = batch.through(layer)
+            del batch.calls[0]
         for name, found in rounded.items():
             old = layer.get_submodule(name)
             new = place.layer(old)
@@ -133,15 +169,14 @@ def round_model(
 def _round_layer(
     layer: nn.Module,
     names: Sequence[str],
-    index: int,
     on_the_way: Sequence[Recorded],
     place: Quantised,
     inside: str,
 ) -> dict[str, Rounded]:
     """Round the layer's matrices, those that read the same input together, in the order in which they are called."""
     rounded: dict[str, Rounded] = {}
-    for group, once in _groups(layer, names, index, on_the_way[0]):
-        hessian = _hessian(layer, group[0], index, on_the_way, once)
+    for group, once in _groups(layer, names, on_the_way[0]):
+        hessian = _hessian(layer, group[0], on_the_way, once)
         for name in group:
             rounded[name] = _round(layer, name, hessian, place, inside)
     return rounded
@@ -172,7 +207,7 @@ def _round(layer: nn.Module, name: str, hessian: Tensor, place: Quantised, insid
 
 
 def _groups(
-    layer: nn.Module, names: Sequence[str], index: int, batch: Recorded
+    layer: nn.Module, names: Sequence[str], batch: Recorded
 ) -> list[tuple[list[str], bool]]:
     """The layer's linear layers by the input that they share, in the order of the calls; whether each has one call."""
     order: list[tuple[Tensor, list[str]]] = []
@@ -189,14 +224,12 @@ def _groups(
         order.append((x, [name]))
 
     with _watching(layer, names, note):
-        batch.calls[index](layer, batch.hidden)
+        batch.through(layer)
     found = [(group, calls[group[0]] == 1) for _, group in order]
     return found + [([name], False) for name in names if name not in calls]
 
 
-def _hessian(
-    layer: nn.Module, name: str, index: int, on_the_way: Sequence[Recorded], once: bool
-) -> Tensor:
+def _hessian(layer: nn.Module, name: str, on_the_way: Sequence[Recorded], once: bool) -> Tensor:
     """X^T X of the inputs of a linear layer over all real positions: products in fp32, summed in fp64.
 
     With `once`, what the decoder layer computes after it is left out.
@@ -216,7 +249,7 @@ def _hessian(
                 raise _Enough
 
         with _watching(layer, [name], add), suppress(_Enough):
-            batch.calls[index](layer, batch.hidden)
+            batch.through(layer)
     return total
 
 
@@ -238,10 +271,10 @@ def _watching(
 
 
 class _Recorder:
-    """Hooks on the decoder layers that note what one batch calls them with."""
+    """Hooks on the decoder layers that note what one batch calls them with; with `first_only`, the first one alone."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.kind = type(model).__name__
+    def __init__(self, model: PreTrainedModel, first_only: bool) -> None:
+        self.kind, self.first_only = type(model).__name__, first_only
         self.calls: list[Call] = []
         self.first: Tensor | None = None
         self.last: Tensor | None = None
@@ -258,34 +291,47 @@ class _Recorder:
         self.first = hidden if self.first is None else self.first
         rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
         self.calls.append(Call(args[1:], rest, bool(args)))
+        if self.first_only:
+            raise _Enough
 
-    def after(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def after(self, layer: nn.Module, args: Any, output: Any) -> None:
         self.last = _hidden_of(output)
 
 
 def _record(
     model: PreTrainedModel, layers: nn.ModuleList, batches: Sequence[Batch]
 ) -> list[Recorded]:
-    """One pass of the dense model per batch. Raises ModelError: the layers do not follow one another."""
-    found = []
+    """What the dense model calls its layers with, batch by batch.
+
+    The first batch goes through the whole model. Where it calls all layers with the same arguments, as most models
+    do, the others stop at the first layer.
+
+    Raises ModelError: the layers do not follow one another.
+    """
+    found: list[Recorded] = []
+    alike = False
     for batch in batches:
-        seen = _Recorder(model)
+        seen = _Recorder(model, first_only=alike)
         handles = [
             layer.register_forward_pre_hook(seen.before, with_kwargs=True) for layer in layers
         ]
-        handles += [layer.register_forward_hook(seen.after, with_kwargs=True) for layer in layers]
+        handles += [layer.register_forward_hook(seen.after) for layer in layers]
         try:
-            forward_at(model, batch, torch.zeros(1, dtype=torch.int64, device=batch.labels.device))
+            with suppress(_Enough):
+                column = torch.zeros(1, dtype=torch.int64, device=batch.labels.device)
+                forward_at(model, batch, column)
         finally:
             for handle in handles:
                 handle.remove()
-        if seen.first is None or len(seen.calls) != len(layers):
+        calls = seen.calls * len(layers) if alike and len(seen.calls) == 1 else seen.calls
+        if seen.first is None or len(calls) != len(layers):
             raise ModelError(
-                f"{len(seen.calls)} of {len(layers)} decoder layers of {seen.kind} were called",
+                f"{len(calls)} of {len(layers)} decoder layers of {seen.kind} were called",
                 "calibration goes through all of them, once each",
                 _INSTEAD,
             )
-        found.append(Recorded(seen.first, _real(batch, seen.first), seen.calls))
+        found.append(Recorded(seen.first, _real(batch, seen.first), calls))
+        alike = all(call.same(calls[0]) for call in calls)
     return found
 
 

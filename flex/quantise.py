@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import loss_head, processes
-from .calibrate import linear_layers, round_model
 from .config import RunConfig
 from .data.loader import DataBundle, StepLoader, load_data, validation_batches
 from .errors import ConfigError, ModelError
@@ -49,6 +48,8 @@ def quantise_command(cfg: RunConfig, out: Path, tokens: int) -> int:
     start = time.monotonic()
     with whole_folder(out) as draft:
         place = _place(cfg, device)
+        from .calibrate import linear_layers, round_model  # needs bitsandbytes, as `place` does
+
         tokenizer = load_tokenizer(cfg.model)
         data = load_data(cfg, tokenizer)
         batches = calibration_batches(data, cfg, tokenizer, tokens)
