@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from .errors import ModelError
 from .meters import format_duration
-from .model.nf4 import BLOCK, NotPositive
+from .model.nf4 import BLOCK, DAMPING, NotPositive
 from .model.nf4_store import Rounded, read_back, round_matrix
 from .model.places import Quantised
 from .state import Batch
@@ -81,7 +81,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == count
-        and all(any(type(m) is nn.Linear for m in layer.modules()) for layer in module)
+        and all(any(isinstance(m, nn.Linear) for m in layer.modules()) for layer in module)
     ]
     if len(found) != 1:
         raise ModelError(
@@ -364,7 +364,7 @@ def _told(rounded: dict[str, Rounded], seconds: float, left: float) -> str:
         f"{name.rpartition('.')[2]} {'nearest' if r.error is None else format(r.error, '.2f')}"
         for name, r in rounded.items()
     ]
-    more = {name: r.damping for name, r in rounded.items() if r.damping > 0.011}
+    more = {name: r.damping for name, r in rounded.items() if r.damping > 1.5 * DAMPING}
     told = f"output error, nearest rounding's as 1: {', '.join(shares)}"
     if more:
         told += f" | more damping: {', '.join(f'{n} {d:g}' for n, d in more.items())}"
