@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -106,6 +107,15 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, metavar="DIR", help="new folder, safetensors")
     merge.add_argument("--base", metavar="ID", help="base model, in place of the adapter's own")
 
+    quantise = add(
+        commands, "quantise", _quantise, "round the base to NF4 on the run's training data"
+    )
+    quantise.add_argument("--out", required=True, metavar="DIR", help="new folder, safetensors")
+    quantise.add_argument(
+        "--tokens", type=int, metavar="N", help="training tokens to calibrate on (131072)"
+    )
+    configured(quantise, required=True)
+
     add_eval_arguments(
         add(commands, "eval", _eval, "evaluate a model on a benchmark, in a sandbox")
     )
@@ -196,6 +206,16 @@ def _merge(args: argparse.Namespace) -> int:
 
     print(merge(args.adapter, args.out, base=args.base))
     return 0
+
+
+def _quantise(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    from flex.train import set_up_logging
+
+    set_up_logging()  # before the libraries are imported, which talk while they are
+    from flex.quantise import TOKENS, quantise_command
+
+    return quantise_command(config, Path(args.out), TOKENS if args.tokens is None else args.tokens)
 
 
 def _data_show(args: argparse.Namespace) -> int:

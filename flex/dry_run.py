@@ -20,10 +20,11 @@ from .build import build_update
 from .config import RunConfig
 from .config_io import config_hash
 from .data.loader import DataBundle, StepLoader, load_data
-from .engine_zero import check_ds_config, read_ds_config
+from .engine_zero import check_ds_config, partitioned_config, read_ds_config
 from .errors import DataError, FlexError, ModelError
 from .model.adapters import adapter_parameters, add_adapters
 from .model.base import empty_model, load_tokenizer, resolve
+from .model.stream import refuse_quantised
 from .ranges import check_profile
 from .run_folder import inspect_run
 from .train import check_settings
@@ -151,6 +152,8 @@ def _check_model(cfg: RunConfig, report: Report) -> None:
     """The architecture without its weights: targets, penalty, optimizer and the size of the adapters."""
     model = empty_model(cfg.model)
     source = resolve(cfg.model)
+    if cfg.model.quantise != "none" or partitioned_config(cfg) is not None:
+        refuse_quantised(source, model.config)
     if Path(source).is_dir():
         report.ok("weight files", f"{_check_files(Path(source))} safetensors in {source}")
     size = sum(p.numel() for p in model.parameters())

@@ -17,7 +17,7 @@ from .chips import CHIPS, MEMORIES, Chip, find_chip
 from .config import RunConfig
 from .ds_file import read_ds_config
 from .errors import ConfigError
-from .model.architecture import read_architecture
+from .model.architecture import Stored, read_architecture
 from .plan_job import Job, make_job
 
 log = logging.getLogger("flex.plan")
@@ -49,9 +49,23 @@ def plan_command(
 def plan(
     cfg: RunConfig, world: int = 1, tokens: int | None = None, targets: int | None = None
 ) -> Job:
-    """The job that the figures are of; see `make_job`."""
+    """The job that the figures are of; see `make_job`. A base that is quantised already is planned as such."""
     ds_config = None if cfg.deepspeed is None else read_ds_config(cfg.deepspeed)
-    return make_job(cfg, read_architecture(cfg.model), ds_config, world, tokens, targets)
+    model = read_architecture(cfg.model)
+    if model.stored is not None:
+        cfg = _as_stored(cfg, model.stored)
+    return make_job(cfg, model, ds_config, world, tokens, targets)
+
+
+def _as_stored(cfg: RunConfig, stored: Stored) -> RunConfig:
+    if cfg.model.quantise != "none":
+        raise ConfigError(
+            f"model.quantise={cfg.model.quantise}, and {cfg.model.name} is quantised already ({stored.kind})",
+            "its weights are blocks, which cannot be quantised again",
+            "set model.quantise=none",
+        )
+    found = {"quantise": stored.kind, "double_quant": stored.double_quant}
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update=found)})
 
 
 def show(job: Job, chips: Sequence[Chip], console: Console) -> None:

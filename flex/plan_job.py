@@ -131,9 +131,9 @@ def make_job(
         and (ds_config or {}).get("zero_optimization", {}).get("stage") == 3
     ):
         raise ConfigError(
-            f"model.quantise={cfg.model.quantise} with ZeRO-3",
+            f"a base in {cfg.model.quantise} with ZeRO-3",
             "blocks of 4 or 8 bits are not partitioned",
-            "use ds_configs/zero2.json, or model.quantise=none",
+            "use ds_configs/zero2.json, or a base that is not quantised",
         )
     model.targets(cfg.lora.targets)  # refuses a name that matches nothing
     examples = math.ceil(train.batch_size / (world * train.accumulation))

@@ -21,7 +21,7 @@ from .loop import Trainer
 from .loss_plot import plot_losses
 from .meters import Meter
 from .model.adapters import adapter_parameters, add_adapters
-from .model.base import base_bytes, load_model, resolve
+from .model.base import base_bytes, is_quantised, load_model, resolve
 from .model.export import PROMPT, probe_logits, save_adapter, self_test
 from .ranges import Profile
 from .sample import sample_completion
@@ -174,8 +174,9 @@ class Session:
                 engine.peft_model, self.folder.path / "adapter", base, tensors
             )
         bare = None
-        if self.cfg.model.quantise != "none" and self.rank == 0:
-            # Quantising again would take minutes and prove nothing: the adapter is what is tested.
+        if is_quantised(engine.peft_model) and self.rank == 0:
+            # Quantising again would take minutes and prove nothing, and bitsandbytes' own forward may repack a base
+            # that was loaded as it is: the adapter is what is tested.
             bare = cast("PreTrainedModel", engine.peft_model.unload())
             bare.set_attn_implementation("sdpa")
         engine.close()

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flex.config import ModelConfig
 from flex.errors import ModelError
@@ -45,6 +45,14 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """How bitsandbytes' linear layers lie in a checkpoint, in the words of `model.quantise` and `double_quant`."""
+
+    kind: Literal["nf4", "int8"]  # FP4 takes NF4's room
+    double_quant: bool = False
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder of equal layers: RMSNorm, attention, RMSNorm, gated MLP. Counts are in elements."""
 
@@ -59,6 +67,7 @@ class Architecture:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    stored: Stored | None = None  # its linear layers are quantised already
     linears: tuple[LinearShape, ...] = field(init=False)  # of one layer, in the order of forward
 
     def __post_init__(self) -> None:
@@ -155,6 +164,7 @@ def architecture_of(source: str, config: Mapping[str, Any]) -> Architecture:
             qkv_bias=attention_bias or kind == "qwen2",
             o_bias=attention_bias,
             mlp_bias=bool(config.get("mlp_bias", False)),
+            stored=stored_of(source, config),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(
@@ -162,6 +172,27 @@ def architecture_of(source: str, config: Mapping[str, Any]) -> Architecture:
             "the model's size is unknown without it",
             "check that it is the config.json of a causal language model",
         ) from error
+
+
+def stored_of(source: str, config: Mapping[str, Any]) -> Stored | None:
+    """How the checkpoint is quantised, by a config.json's `quantization_config`; None if it is not.
+
+    Raises:
+        ModelError: by another library than bitsandbytes.
+    """
+    found = config.get("quantization_config")
+    if found is None:
+        return None
+    method = found.get("quant_method")
+    if method not in ("bitsandbytes", None):
+        raise ModelError(
+            f"{source} is quantised by {method}",
+            "adapters go on plain linear layers and on bitsandbytes' only",
+            "point model.name to the model in bf16, fp16 or fp32",
+        )
+    if found.get("load_in_8bit") or found.get("_load_in_8bit"):
+        return Stored("int8")
+    return Stored("nf4", bool(found.get("bnb_4bit_use_double_quant", False)))
 
 
 def read_architecture(cfg: ModelConfig) -> Architecture:

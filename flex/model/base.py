@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -26,6 +27,7 @@ from transformers import (
 from flex.config import ModelConfig
 from flex.errors import ModelError
 from flex.model import attention, pointwise, rotary
+from flex.model.hub_code import refuse
 from flex.model.places import Partitioned, Place, Quantised
 from flex.model.presets import byte_tokenizer, shape_config
 from flex.model.shapes import is_big, shape_folder
@@ -176,6 +178,11 @@ def base_bytes(cfg: ModelConfig) -> int:
     return sum(p.numel() * p.element_size() for p in empty_model(cfg).parameters())
 
 
+def is_quantised(model: nn.Module) -> bool:
+    """Whether a base, or a PeftModel's, has bitsandbytes' layers, made while it was loaded or found in its folder."""
+    return any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+
+
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `cfg.name`; it always has an EOS and a padding token.
 
@@ -248,6 +255,13 @@ def _pretrained(
     device: torch.device | str,
 ) -> PreTrainedModel:
     """transformers' own loading: a file in the dtype asked for is mapped, so it takes its size once."""
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored is not None:
+        refuse()
+        if isinstance(stored, dict) and stored.get("quant_method") == "bitsandbytes":
+            # As with model.quantise: the file's own would be the dtype of whoever wrote it.
+            wanted: Any = config
+            wanted.quantization_config = {**stored, "bnb_4bit_compute_dtype": cfg.dtype}
     model, info = _AnyAuto.from_pretrained(
         folder,
         config=config,

@@ -220,7 +220,7 @@ def merge(
             raise ModelError(
                 f"the base {name} is quantised",
                 "merging would round the adapter to the base's few bits",
-                "give the base model in full precision",
+                "give the base model in full precision, with --base: the one that was quantised",
             )
         model, tokenizer = load_model(cfg), load_tokenizer(cfg)
         prompt = tokenizer(PROMPT, return_tensors="pt").input_ids

@@ -84,11 +84,12 @@ class Quantised(Place):
             )
         for name in linear:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, self._layer(model.get_submodule(name)))
+            setattr(model.get_submodule(parent), leaf, self.layer(model.get_submodule(name)))
         # What PEFT asks to choose its layers.
         setattr(model, "is_loaded_in_4bit" if self.kind == "nf4" else "is_loaded_in_8bit", True)
 
-    def _layer(self, old: nn.Module) -> nn.Module:
+    def layer(self, old: nn.Module) -> nn.Module:
+        """bitsandbytes' layer, still without memory, for the place of a linear one."""
         assert isinstance(old, nn.Linear)
         shape = (old.in_features, old.out_features)
         options: dict[str, Any] = {"bias": old.bias is not None, "device": "meta"}
@@ -113,7 +114,10 @@ class Quantised(Place):
             weight = self.nn.Int8Params(value, requires_grad=False, has_fp16_weights=False)
             module.weight = weight.to(self.device)
             return
-        blocks, state = self._blocks(source, dtype)
+        self.hold(module, *self._blocks(source, dtype))
+
+    def hold(self, module: nn.Module, blocks: Tensor, state: Any) -> None:
+        """Give a 4-bit layer its weight, quantised as bitsandbytes has it: packed codes and a QuantState."""
         module.quant_state = state
         module.weight = self.nn.Params4bit(
             blocks,

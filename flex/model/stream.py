@@ -53,12 +53,7 @@ def stream_model(
     Raises:
         ModelError: the checkpoint is quantised already, its weights must be converted first, or a file is damaged.
     """
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{source} is quantised already",
-            "its weights are blocks, which can be neither quantised again nor cut into partitions",
-            "point model.name to the model in bf16, fp16 or fp32, or set model.quantise=none",
-        )
+    refuse_quantised(source, config)
     with torch.device("meta"):
         model = _AnyAuto.from_config(config, dtype=dtype, attn_implementation=attention)
     _refuse_special_dtypes(model, dtype, source)
@@ -99,6 +94,16 @@ def stream_model(
         setattr(module, leaf, model.get_parameter(original))
     _fill_buffers(model, place.device)
     return model, info
+
+
+def refuse_quantised(source: str, config: PreTrainedConfig) -> None:
+    """Raise ModelError if the checkpoint is quantised: transformers alone loads such, and every process the whole."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{source} is quantised already",
+            "its weights are blocks, which can be neither quantised again nor cut into partitions",
+            "set model.quantise=none and ZeRO stage 0-2, or point model.name to the model in bf16, fp16 or fp32",
+        )
 
 
 def return_freed_memory() -> None:
