@@ -45,11 +45,12 @@ def levels(like: Tensor) -> Tensor:
 
 
 def nearest_codes(weight: Tensor, scales: Tensor) -> Tensor:
-    """The index of the level nearest to weight / scale, elementwise, uint8; where a scale is 0, that of 0."""
+    """The index of the level nearest to weight / scale, elementwise, uint8; of 0 / 0, that of level 0."""
     table = levels(weight)
     middle = (table[1:] + table[:-1]) / 2
-    found = torch.bucketize((weight / scales).nan_to_num_(0.0), middle, out_int32=True)
-    return torch.where(scales == 0, 7, found).to(torch.uint8)
+    return torch.bucketize((weight / scales).nan_to_num_(0.0), middle, out_int32=True).to(
+        torch.uint8
+    )
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:

@@ -1,8 +1,6 @@
 """`python -m flex quantise`: a base in NF4 that transformers loads by itself, and that trains here."""
 
-import contextlib
 import importlib
-import io
 import json
 import os
 import shutil
@@ -13,81 +11,25 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from flex import calibrate, commands, dry_run, quantise
+from flex import commands, dry_run, quantise
 from flex.config import LoraSection, ModelConfig
 from flex.config_io import load_config
-from flex.data.loader import load_data
 from flex.errors import ConfigError, DataError, ModelError
 from flex.evals.subject import Subject
 from flex.kernels import products
 from flex.model.adapters import FALLBACKS, FusedLora, adapter_parameters, add_adapters
-from flex.model.base import is_quantised, load_model, load_tokenizer
+from flex.model.base import is_quantised, load_model
 from flex.model.export import merge, save_adapter
-from flex.model.places import Quantised
 from flex.plan import plan
 from flex.plan_memory import frozen_bytes
 from flex.step import target_loss
 from tests.flex.saved import contents, make_base, siblings
-from tests.mutants import load_copy
-from tests.runs import ROOT, losses, run, run_well, write_rows
+from tests.runs import ROOT, losses, run, run_well
 
 bnb = pytest.importorskip("bitsandbytes")
 
-from flex.model import nf4_store  # noqa: E402  # it imports bitsandbytes
-
-FIELDS = {"hidden_size": 64, "intermediate_size": 128, "attention_bias": True}
-PLACES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def config(base, rows, *more):
-    options = (
-        f"model.name={base}",
-        "model.dtype=float32",
-        "data.name=jsonl",
-        f"data.path={rows}",
-        "train.batch_size=8",
-        *more,
-    )
-    return load_config(None, list({o.partition("=")[0]: o for o in options}.values()))
-
-
-class Made:
-    """One run of the command: its folder, the matrices that it chose by name, and what it printed."""
-
-    def __init__(self, root):
-        self.base = make_base(root / "base", **FIELDS)
-        self._give_biases_values()
-        self.rows = write_rows(root / "rows.jsonl")
-        self.out, printed = root / "nf4", io.StringIO()
-        self.matrices, self.hessians = [], []
-        own = calibrate.round_matrix
-
-        def watched(weight, hessian, *rest):
-            found = own(weight, hessian, *rest)
-            self.matrices.append(nf4_store.read_back(found.packed, found.state).clone())
-            self.hessians.append(hessian)
-            return found
-
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-            patch.setattr(calibrate, "round_matrix", watched)
-            assert quantise.quantise_command(self.config(), self.out, 100_000) == 0
-        self.printed = printed.getvalue()
-        # q, k and v read the same input, and so do gate and up: the order of the calls
-        self.names = [
-            f"model.layers.{i}.{'mlp' if place.partition('_')[0] in ('gate', 'up', 'down') else 'self_attn'}.{place}"
-            for i in range(2)
-            for place in PLACES
-        ]
-
-    def _give_biases_values(self):
-        model = AutoModelForCausalLM.from_pretrained(self.base)
-        for name, p in model.named_parameters():
-            if name.endswith("bias"):
-                p.data = torch.linspace(-0.1, 0.2, len(p))
-        model.save_pretrained(self.base)
-
-    def config(self, *more):
-        return config(self.base, self.rows, *more)
+from flex import calibrate  # noqa: E402  # it imports bitsandbytes
+from tests.flex.made_nf4 import PLACES, Made, config, loaded  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -156,11 +98,6 @@ def test_it_prints_what_three_models_make_of_the_validation_rows(made):
     assert f"model.name={made.out}" in made.printed
 
 
-def loaded(made, *more):
-    tokenizer = load_tokenizer(ModelConfig(name=str(made.base)))
-    return load_data(made.config(*more), tokenizer), tokenizer
-
-
 @pytest.mark.parametrize("double", ["true", "false"])
 def test_in_bf16_with_and_without_double_quantisation(made, tmp_path, double, caplog):
     caplog.set_level("INFO")
@@ -227,145 +164,6 @@ def test_batches_are_the_first_epochs(made, batching):
     some = quantise.calibration_batches(data, cfg, tokenizer, 600)
     held = [batch.num_positions for batch in some]
     assert sum(held[:-1]) < 600 <= sum(held)
-
-
-# ---- the walk ----
-
-
-def hessians_by_hand(made, batches, names):
-    """X^T X of every named layer in a plain model, example by example, whose matrices are rounded as far as they
-    stand before the layer in the model."""
-    model = AutoModelForCausalLM.from_pretrained(made.base)
-    found = {}
-    order = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-    examples = [e for batch in batches for e in split(batch)]
-    for i in range(2):
-        for group in order:
-            wanted = [n for n in names if f"layers.{i}." in n and n.rpartition(".")[2] in group]
-            inputs = []
-            module = model.get_submodule(wanted[0])
-            handle = module.register_forward_pre_hook(
-                lambda m, args, kept=inputs: kept.append(args[0].flatten(0, 1))
-            )
-            with torch.no_grad():
-                for ids in examples:
-                    model(ids[None])
-            handle.remove()
-            x = torch.cat(inputs).double()
-            for name in wanted:
-                found[name] = x.t() @ x
-                matrix = made.matrices[made.names.index(name)]
-                model.get_submodule(name).weight.data = matrix.clone()
-    return found
-
-
-def split(batch):
-    if batch.cu_seqlens is not None:
-        return batch.input_ids[0].split(batch.cu_seqlens.diff().tolist())
-    return [row[real] for row, real in zip(batch.input_ids, batch.attention_mask, strict=True)]
-
-
-def check_hessians(made, module):
-    """Of both layouts, whose padding must not count."""
-    for batching in ("packed", "grouped"):
-        cfg = made.config(f"data.batching={batching}")
-        data, tokenizer = loaded(made, f"data.batching={batching}")
-        batches = quantise.calibration_batches(data, cfg, tokenizer, 100_000)
-        model = load_model(cfg.model)
-        names = module.linear_layers(model)
-        assert names == made.names
-        seen, places = [], iter(made.matrices)
-
-        def given(weight, hessian, *rest, seen=seen):
-            seen.append(hessian.clone())
-            return nf4_store.round_matrix(weight, None, *rest)
-
-        # the very matrices of `made`, so that what comes after them is known
-        def read(packed, state, places=places):
-            return next(places).clone()
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "round_matrix", given)
-            patch.setattr(module, "read_back", read)
-            module.round_model(model, batches, Quantised("cpu", "nf4", True, torch.float32), names)
-        expected = hessians_by_hand(made, batches, names)
-        assert len(seen) == 14
-        for name, hessian in zip(names, seen, strict=True):
-            error = (hessian - expected[name]).abs().max() / expected[name].abs().max()
-            assert error < 1e-5, (batching, name, float(error))
-
-
-def test_hessians_are_of_the_rounded_prefix_and_of_no_padding(made):
-    check_hessians(made, calibrate)
-
-
-BUGS = {
-    "padding counts": ("rows = rows[real.flatten()]", "pass"),
-    "the dense layer goes on": (
-        "linear.weight = nn.Parameter(dense, requires_grad=False)",
-        "del dense",
-    ),
-    "the hidden states stay": ("batch.hidden = batch.through(layer)", "batch.through(layer)"),
-    "only the last batch counts": (
-        "total.add_((rows.t() @ rows).double())",
-        "total.copy_((rows.t() @ rows).double())",
-    ),
-}
-
-
-@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
-def test_a_seeded_bug_is_seen(made, bug, tmp_path):
-    with pytest.raises(AssertionError):
-        check_hessians(made, load_copy(tmp_path, calibrate, *bug))
-
-
-def walk(made, change, dtype=torch.float32):
-    """Round the tiny base after `change`."""
-    data, tokenizer = loaded(made)
-    batches = quantise.calibration_batches(data, made.config(), tokenizer, 500)
-    model = load_model(made.config().model)
-    with torch.no_grad():
-        change(model)
-    names = calibrate.linear_layers(model)
-    calibrate.round_model(model, batches, Quantised("cpu", "nf4", True, dtype), names)
-    return model
-
-
-def test_a_layer_that_reads_zeros_is_rounded_to_nearest(made, caplog):
-    model = walk(made, lambda m: m.model.layers[1].input_layernorm.weight.zero_())
-    told = [r.message for r in caplog.records if "rounded to nearest" in r.message]
-    assert [line.split()[0] for line in told] == [
-        f"model.layers.1.self_attn.{n}_proj" for n in "qkv"
-    ]
-    dense = load_model(made.config().model).model.layers[1].self_attn.q_proj.weight
-    layer = model.model.layers[1].self_attn.q_proj
-    expected, state = bnb.functional.quantize_4bit(
-        dense, blocksize=64, quant_type="nf4", compress_statistics=True
-    )
-    assert torch.equal(layer.weight.data, expected)
-    assert torch.equal(layer.weight.quant_state.absmax, state.absmax)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_refused(made, value):
-    def spoil_weight(model):
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
-
-    def spoil_inputs(model):
-        model.model.layers[1].post_attention_layernorm.weight[7] = value
-
-    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj.weight is not finite"):
-        walk(made, spoil_weight)
-    with pytest.raises(ModelError, match=r"inputs of model.layers.1.mlp.gate_proj are not finite"):
-        walk(made, spoil_inputs)
-
-
-def test_a_model_whose_layers_do_not_follow_one_another(made):
-    def between(model):
-        model.model.layers[1].register_forward_pre_hook(lambda m, args: (args[0].clone(),))
-
-    with pytest.raises(ModelError, match="layer 1 of LlamaForCausalLM does not read the output"):
-        walk(made, between)
 
 
 # ---- what is not rounded, what is refused ----

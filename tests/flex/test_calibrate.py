@@ -1,0 +1,158 @@
+"""The walk that rounds a base layer by layer: what it calibrates each matrix on, and what it refuses."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flex import quantise
+from flex.errors import ModelError
+from flex.model.base import load_model
+from flex.model.places import Quantised
+from tests.mutants import load_copy
+
+bnb = pytest.importorskip("bitsandbytes")
+
+from flex import calibrate  # noqa: E402  # it imports bitsandbytes
+from flex.model import nf4_store  # noqa: E402
+from tests.flex.made_nf4 import Made, loaded  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return Made(tmp_path_factory.mktemp("made"))
+
+
+def hessians_by_hand(made, batches, names):
+    """X^T X of every named layer in a plain model, example by example, whose matrices are rounded as far as they
+    stand before the layer in the model."""
+    model = AutoModelForCausalLM.from_pretrained(made.base)
+    found = {}
+    order = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    examples = [e for batch in batches for e in split(batch)]
+    for i in range(2):
+        for group in order:
+            wanted = [n for n in names if f"layers.{i}." in n and n.rpartition(".")[2] in group]
+            inputs = []
+            module = model.get_submodule(wanted[0])
+            handle = module.register_forward_pre_hook(
+                lambda m, args, kept=inputs: kept.append(args[0].flatten(0, 1))
+            )
+            with torch.no_grad():
+                for ids in examples:
+                    model(ids[None])
+            handle.remove()
+            x = torch.cat(inputs).double()
+            for name in wanted:
+                found[name] = x.t() @ x
+                matrix = made.matrices[made.names.index(name)]
+                model.get_submodule(name).weight.data = matrix.clone()
+    return found
+
+
+def split(batch):
+    if batch.cu_seqlens is not None:
+        return batch.input_ids[0].split(batch.cu_seqlens.diff().tolist())
+    return [row[real] for row, real in zip(batch.input_ids, batch.attention_mask, strict=True)]
+
+
+def check_hessians(made, module):
+    """Of both layouts, whose padding must not count."""
+    for batching in ("packed", "grouped"):
+        cfg = made.config(f"data.batching={batching}")
+        data, tokenizer = loaded(made, f"data.batching={batching}")
+        batches = quantise.calibration_batches(data, cfg, tokenizer, 100_000)
+        model = load_model(cfg.model)
+        names = module.linear_layers(model)
+        assert names == made.names
+        seen, places = [], iter(made.matrices)
+
+        def given(weight, hessian, *rest, seen=seen):
+            seen.append(hessian.clone())
+            return nf4_store.round_matrix(weight, None, *rest)
+
+        # the very matrices of `made`, so that what comes after them is known
+        def read(packed, state, places=places):
+            return next(places).clone()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "round_matrix", given)
+            patch.setattr(module, "read_back", read)
+            module.round_model(model, batches, Quantised("cpu", "nf4", True, torch.float32), names)
+        expected = hessians_by_hand(made, batches, names)
+        assert len(seen) == 14
+        for name, hessian in zip(names, seen, strict=True):
+            error = (hessian - expected[name]).abs().max() / expected[name].abs().max()
+            assert error < 1e-5, (batching, name, float(error))
+
+
+def test_hessians_are_of_the_rounded_prefix_and_of_no_padding(made):
+    check_hessians(made, calibrate)
+
+
+BUGS = {
+    "padding counts": ("rows = rows[real.flatten()]", "pass"),
+    "the dense layer goes on": (
+        "linear.weight = nn.Parameter(dense, requires_grad=False)",
+        "del dense",
+    ),
+    "the hidden states stay": ("batch.hidden = batch.through(layer)", "batch.through(layer)"),
+    "only the last batch counts": (
+        "total.add_((rows.t() @ rows).double())",
+        "total.copy_((rows.t() @ rows).double())",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
+def test_a_seeded_bug_is_seen(made, bug, tmp_path):
+    with pytest.raises(AssertionError):
+        check_hessians(made, load_copy(tmp_path, calibrate, *bug))
+
+
+def walk(made, change, dtype=torch.float32):
+    """Round the tiny base after `change`."""
+    data, tokenizer = loaded(made)
+    batches = quantise.calibration_batches(data, made.config(), tokenizer, 500)
+    model = load_model(made.config().model)
+    with torch.no_grad():
+        change(model)
+    names = calibrate.linear_layers(model)
+    calibrate.round_model(model, batches, Quantised("cpu", "nf4", True, dtype), names)
+    return model
+
+
+def test_a_layer_that_reads_zeros_is_rounded_to_nearest(made, caplog):
+    model = walk(made, lambda m: m.model.layers[1].input_layernorm.weight.zero_())
+    told = [r.message for r in caplog.records if "rounded to nearest" in r.message]
+    assert [line.split()[0] for line in told] == [
+        f"model.layers.1.self_attn.{n}_proj" for n in "qkv"
+    ]
+    dense = load_model(made.config().model).model.layers[1].self_attn.q_proj.weight
+    layer = model.model.layers[1].self_attn.q_proj
+    expected, state = bnb.functional.quantize_4bit(
+        dense, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    assert torch.equal(layer.weight.data, expected)
+    assert torch.equal(layer.weight.quant_state.absmax, state.absmax)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(made, value):
+    def spoil_weight(model):
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+
+    def spoil_inputs(model):
+        model.model.layers[1].post_attention_layernorm.weight[7] = value
+
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj.weight is not finite"):
+        walk(made, spoil_weight)
+    with pytest.raises(ModelError, match=r"inputs of model.layers.1.mlp.gate_proj are not finite"):
+        walk(made, spoil_inputs)
+
+
+def test_a_model_whose_layers_do_not_follow_one_another(made):
+    def between(model):
+        model.model.layers[1].register_forward_pre_hook(lambda m, args: (args[0].clone(),))
+
+    with pytest.raises(ModelError, match="layer 1 of LlamaForCausalLM does not read the output"):
+        walk(made, between)
