@@ -21,8 +21,8 @@ FRAGMENTATION = 0.03  # of what torch allocates: rounding and holes
 # Holes that glibc leaves between tensors on a CPU, as a share of a step's: 0.35 for SmolLM2-135M and
 # 1,024 positions (peak 2.18 GB; 1.85 GB with MALLOC_MMAP_THRESHOLD_=262144, which leaves none). With it
 # peaks of a 7B (r 8 on gate, up, down; 512 positions a step; ckpt: activation checkpointing) are, in GB:
-#     NF4 9.04 planned, 9.79 measured; NF4 ckpt 5.29, 5.77; bf16 ckpt 14.8, 14.8; bf16 ckpt in two
-#     ZeRO-3 processes 18.7, 20.6
+#     NF4 7.02 planned, 6.96 measured; NF4 ckpt 5.29, 5.77; bf16 16.5, 15.9; bf16 ckpt 14.8, 14.8; bf16 ckpt in two
+#     ZeRO-3 processes 19.0, 20.9, before what is on the way was counted
 HEAP = 0.35
 
 FP32 = 4
@@ -151,13 +151,21 @@ def backward_workspace(job: Job, device: str) -> float:
     return inner + (again if job.cfg.model.gradient_checkpointing else 0.0)
 
 
-def weight_workspace(job: Job) -> tuple[float, str]:
-    """Dense copies of frozen weights: one layer dequantised, or what ZeRO-3 holds gathered."""
+def weight_workspace(job: Job, device: str) -> tuple[float, str]:
+    """Dense copies of frozen weights: one layer dequantised, or what ZeRO-3 holds gathered.
+
+    Gathered ahead is a bucket that the last weight in it overshoots; while it is on its way it is held again in the
+    buffer that all of it arrives in, and by gloo, on a CPU, in one more.
+    """
     if job.cfg.model.quantise != "none":
         return job.width * max(linear.weights for linear in job.model.linears), "one layer dense"
     if job.stage == 3:
-        live = min(job.model.parameters, job.sharding.live + job.sharding.prefetch)
-        return job.width * live, "gathered: stage3_max_live_parameters"
+        bucket = job.sharding.prefetch + max(linear.weights for linear in job.model.linears)
+        held = min(job.model.parameters, job.sharding.live + bucket)
+        on_the_way = min(job.model.parameters, bucket) * (2 if device == "cpu" else 1)
+        return job.width * (
+            held + on_the_way
+        ), "gathered: stage3_max_live_parameters, and on the way"
     return 0.0, ""
 
 
@@ -211,7 +219,7 @@ def memory(job: Job, device: str) -> list[Component]:
         loss = FP32 * rows * v + b * job.targets * job.model.hidden
     else:  # its gradient, the upstream product (GPU), a block in fp32
         loss = logits * (2 if device == "cuda" else 1) + FP32 * rows * v
-    held, why = weight_workspace(job)
+    held, why = weight_workspace(job, device)
     split = job.world if job.stage == 3 else 1
     found = [
         Component(

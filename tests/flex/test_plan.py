@@ -159,6 +159,14 @@ def test_traffic_and_shares_under_zero(world: int) -> None:
     )
 
 
+@pytest.mark.parametrize(("device", "copies"), [("cuda", 1), ("cpu", 2)])
+def test_what_zero3_gathers_is_held_again_while_it_is_on_its_way(device: str, copies: int) -> None:
+    job = recipe("train.accumulation=1", f"deepspeed={REPOSITORY}/ds_configs/zero3.json", world=2)
+    bucket = 50_000_000 + H * F  # DeepSpeed's default, overshot by the largest matrix
+    wanted = 2 * (500_000_000 + bucket + copies * bucket)
+    assert component(job, "workspace: weights", device) == wanted
+
+
 def test_one_gpu_sends_nothing() -> None:
     assert plan_cost.traffic(recipe()) == {}
 
