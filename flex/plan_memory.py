@@ -22,7 +22,7 @@ FRAGMENTATION = 0.03  # of what torch allocates: rounding and holes
 # 1,024 positions (peak 2.18 GB; 1.85 GB with MALLOC_MMAP_THRESHOLD_=262144, which leaves none). With it
 # peaks of a 7B (r 8 on gate, up, down; 512 positions a step; ckpt: activation checkpointing) are, in GB:
 #     NF4 7.02 planned, 6.96 measured; NF4 ckpt 5.29, 5.77; bf16 16.5, 15.9; bf16 ckpt 14.8, 14.8; bf16 ckpt in two
-#     ZeRO-3 processes 19.0, 20.9, before what is on the way was counted
+#     ZeRO-3 processes 20.3, 20.9
 HEAP = 0.35
 
 FP32 = 4
