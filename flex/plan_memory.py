@@ -123,9 +123,8 @@ def _attention(job: Job, device: str) -> float:
     if job.cfg.model.attention == "eager":  # fp32 and narrow probabilities over the whole row
         return query + keys + (FP32 + b) * model.heads * t * t
     if _attention_in_c(job, device):
-        return (
-            query + keys + 2 * FP32 * model.heads * t
-        )  # of each row its largest score and its sum
+        largest_and_sum = 2 * FP32 * model.heads * t
+        return query + keys + largest_and_sum
     if device == "cuda" or job.document > SHORT:
         return 2 * query + keys + FP32 * model.heads * t  # and the output, log-sum-exp
     return query + keys
@@ -163,9 +162,8 @@ def weight_workspace(job: Job, device: str) -> tuple[float, str]:
         bucket = job.sharding.prefetch + max(linear.weights for linear in job.model.linears)
         held = min(job.model.parameters, job.sharding.live + bucket)
         on_the_way = min(job.model.parameters, bucket) * (2 if device == "cpu" else 1)
-        return job.width * (
-            held + on_the_way
-        ), "gathered: stage3_max_live_parameters, and on the way"
+        why = "gathered: stage3_max_live_parameters, and on the way"
+        return job.width * (held + on_the_way), why
     return 0.0, ""
 
 

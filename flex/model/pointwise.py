@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flex.kernels.lora_linear import remakable
 from flex.kernels.pointwise import rms_norm, swiglu, takes
-from flex.model.stand_in import replace, sample_of
+from flex.model.stand_in import family_of, named, replace, sample_of
 
 log = logging.getLogger("flex.model")
 
@@ -65,8 +65,7 @@ def install(model: nn.Module) -> Counter[str]:
         return Counter()
     replaced = replace(model, _ours_if_silu)
     if replaced:
-        counts = ", ".join(f"{count} {name}" for name, count in replaced.items())
-        log.info("pointwise chains in one pass each: %s", counts)
+        log.info("pointwise chains in one pass each: %s", named(replaced))
     return replaced
 
 
@@ -83,8 +82,8 @@ def _is_silu(activation: object) -> bool:
 @cache
 def _ours(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The subclass of ours for exactly this class; None if it is of no known family."""
-    family = kind.__module__.removeprefix("transformers.models.").partition(".")[0]
-    if family not in FAMILIES or not kind.__module__.startswith("transformers.models."):
+    family = family_of(kind, FAMILIES)
+    if family is None:
         return None
     for suffix, ours in (("RMSNorm", _Norm), ("MLP", _Mlp)):
         if kind.__name__.lower() == f"{family}{suffix}".lower():

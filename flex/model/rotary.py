@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flex.kernels.causal_attention import takes
 from flex.model import attention
-from flex.model.stand_in import replace, sample_of
+from flex.model.stand_in import family_of, named, replace, sample_of
 
 log = logging.getLogger("flex.model")
 
@@ -88,8 +88,7 @@ def install(model: nn.Module) -> Counter[str]:
         return Counter()
     replaced = replace(model, lambda module: _ours(type(module)))  # type: ignore[arg-type]  # a class is hashable
     if replaced:
-        counts = ", ".join(f"{count} {name}" for name, count in replaced.items())
-        log.info("attention with its rotary embedding in C: %s", counts)
+        log.info("attention with its rotary embedding in C: %s", named(replaced))
     return replaced
 
 
@@ -108,8 +107,7 @@ def _window(module: Any) -> int | None:
 @cache
 def _ours(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The subclass of ours for exactly this class; None if it is of no known family."""
-    family = kind.__module__.removeprefix("transformers.models.").partition(".")[0]
-    known = family in FAMILIES and kind.__module__.startswith("transformers.models.")
-    if not known or kind.__name__.lower() != f"{family}attention":
+    family = family_of(kind, FAMILIES)
+    if family is None or kind.__name__.lower() != f"{family}attention":
         return None
     return type(f"Flex{kind.__name__}", (_Attention, kind), {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import cast
 
 import torch
@@ -35,6 +35,18 @@ def replace(
             replaced[type(child).__name__] += 1
         replaced += replace(child, ours, opaque)
     return replaced
+
+
+def family_of(kind: type[nn.Module], families: Collection[str]) -> str | None:
+    """Which of transformers' families (`llama`, ...) has a class in its modeling file; None if none of `families`."""
+    family = kind.__module__.removeprefix("transformers.models.").partition(".")[0]
+    known = family in families and kind.__module__.startswith("transformers.models.")
+    return family if known else None
+
+
+def named(replaced: Mapping[str, int]) -> str:
+    """How many of each class, for the log."""
+    return ", ".join(f"{count} {name}" for name, count in replaced.items())
 
 
 def sample_of(model: nn.Module) -> Tensor | None:

@@ -4,7 +4,6 @@ from flex.kernels.causal_attention import causal_attention
 """
 
 from .api import causal_attention, takes
-from .native import suits_processor
 from .reference import causal_attention_reference, rotated
 
-__all__ = ["causal_attention", "causal_attention_reference", "rotated", "suits_processor", "takes"]
+__all__ = ["causal_attention", "causal_attention_reference", "rotated", "takes"]
