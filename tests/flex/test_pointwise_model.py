@@ -7,45 +7,15 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import GemmaConfig, GemmaForCausalLM
 
 from flex.kernels import native_build
 from flex.kernels.budget import budget_used
 from flex.kernels.pointwise import native
 from flex.model import pointwise
+from tests.flex.made_families import FAMILIES, SMALL, made
 
-SMALL = {
-    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 97},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "use_cache": False},
-}
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
 IDS = torch.arange(2 * 19).view(2, 19) % 97
-
-
-def made(family: str, dtype: torch.dtype = torch.bfloat16, **options) -> nn.Module:
-    config, model = FAMILIES[family]
-    torch.manual_seed(0)
-    found = model(config(**{**SMALL, **options})).to(dtype)
-    for name, p in found.named_parameters():
-        if "norm" in name:
-            p.data += 0.3 * torch.randn(p.shape).to(dtype)
-    return found.requires_grad_(False)
 
 
 def logits_and_gradient(model: nn.Module) -> list[torch.Tensor]:

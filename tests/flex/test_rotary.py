@@ -5,31 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from flex.kernels.budget import budget_used
 from flex.kernels.causal_attention import native
 from flex.model import attention, rotary
+from tests.flex import made_families
 
-SMALL = {
-    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 97},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "use_cache": False},
-}
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
 LENGTHS = (19, 1, 30)
 IDS = torch.arange(50)[None] % 97
 needs_c = pytest.mark.skipif(
@@ -43,10 +24,9 @@ def _also_beside_amx(monkeypatch):
 
 
 def made(family: str, **options) -> nn.Module:
-    config, model = FAMILIES[family]
+    """With our attention, and heads as wide as the C functions turn."""
     attention.register()
-    torch.manual_seed(0)
-    found = model(config(**{**SMALL, **options})).bfloat16().requires_grad_(False)
+    found = made_families.made(family, head_dim=32, **options)
     found.set_attn_implementation(attention.NAME)
     return found
 
@@ -75,7 +55,7 @@ def test_numbers_stay_within_the_budget_of_the_familys_own(family, monkeypatch):
         eager = logits_and_gradient(model)
     names = list(model.state_dict())
     replaced = rotary.install(model)
-    assert list(replaced.values()) == [SMALL["num_hidden_layers"]]
+    assert list(replaced.values()) == [made_families.SMALL["num_hidden_layers"]]
     assert list(model.state_dict()) == names
     found = logits_and_gradient(model)
     for got, plain, truth in zip(found, eager, exact, strict=True):
