@@ -1,11 +1,13 @@
 """The walk over a model's decoder layers that rounds each to NF4 on what the rounded ones before it make of the data.
 
-One pass of the dense model records what each layer is called with; from then on only the activations between two
-layers, one layer's dense copies and one Hessian are held beside the model.
+What each is to give is what the dense model's gives, so the data go along twice, through the layers rounded so far and
+through the dense ones. One pass of the dense model records what each layer is called with; from then on only the
+activations between two layers (twice), one layer's dense copy and two (K, K) sums are held beside the model.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections import Counter
@@ -61,13 +63,20 @@ class Call:
 class Recorded:
     """A batch on its way: its hidden states, which of its positions are real, and the calls of the layers to come."""
 
-    hidden: Tensor
+    hidden: Tensor  # of the rounded layers
+    dense: Tensor  # of the dense ones
     real: Tensor  # (rows, T) bool
     calls: list[Call]
 
-    def through(self, layer: nn.Module) -> Tensor:
-        """What the next layer makes of it."""
-        return self.calls[0](layer, self.hidden)
+    def through(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """What the next layer makes of hidden states."""
+        return self.calls[0](layer, hidden)
+
+    def advance(self, layer: nn.Module, reference: nn.Module) -> None:
+        """Both go through the next layer, `reference` being its dense copy."""
+        self.hidden = self.through(layer, self.hidden)
+        self.dense = self.through(reference, self.dense)
+        del self.calls[0]
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -149,10 +158,10 @@ def round_model(
     for i, layer in enumerate(layers):
         inside = f"{prefix}.{i}."
         own = [name.removeprefix(inside) for name in names if name.startswith(inside)]
-        rounded = _round_layer(layer, own, on_the_way, place, inside)
+        reference = copy.deepcopy(layer)
+        rounded = _round_layer(layer, reference, own, on_the_way, place, inside)
         for batch in on_the_way:
-            batch.hidden = batch.through(layer)
-            del batch.calls[0]
+            batch.advance(layer, reference)
         for name, found in rounded.items():
             old = layer.get_submodule(name)
             new = place.layer(old)
@@ -168,6 +177,7 @@ def round_model(
 
 def _round_layer(
     layer: nn.Module,
+    reference: nn.Module,
     names: Sequence[str],
     on_the_way: Sequence[Recorded],
     place: Quantised,
@@ -176,16 +186,18 @@ def _round_layer(
     """Round the layer's matrices, those that read the same input together, in the order in which they are called."""
     rounded: dict[str, Rounded] = {}
     for group, once in _groups(layer, names, on_the_way[0]):
-        hessian = _hessian(layer, group[0], on_the_way, once)
+        hessian, drift = _sums(layer, reference, group[0], on_the_way, once)
         for name in group:
-            rounded[name] = _round(layer, name, hessian, place, inside)
+            rounded[name] = _round(layer, name, hessian, drift, place, inside)
     return rounded
 
 
-def _round(layer: nn.Module, name: str, hessian: Tensor, place: Quantised, inside: str) -> Rounded:
+def _round(
+    layer: nn.Module, name: str, hessian: Tensor, drift: Tensor, place: Quantised, inside: str
+) -> Rounded:
     linear = cast(nn.Linear, layer.get_submodule(name))
     found = None
-    if not bool(hessian.isfinite().all()):
+    if not bool(hessian.isfinite().all() and drift.isfinite().all()):
         raise ModelError(
             f"the inputs of {inside}{name} are not finite",
             "the layer cannot be calibrated, and the model overflows on this data",
@@ -195,7 +207,7 @@ def _round(layer: nn.Module, name: str, hessian: Tensor, place: Quantised, insid
         log.warning("%s%s reads nothing but zeros of the data: rounded to nearest", inside, name)
     else:
         try:
-            found = round_matrix(linear.weight, hessian, place.double_quant, place.dtype)
+            found = round_matrix(linear.weight, hessian, place.double_quant, place.dtype, drift)
         except NotPositive as error:
             log.warning("%s%s: %s: rounded to nearest", inside, name, error)
     if found is None:
@@ -224,33 +236,54 @@ def _groups(
         order.append((x, [name]))
 
     with _watching(layer, names, note):
-        batch.through(layer)
+        batch.through(layer, batch.hidden)
     found = [(group, calls[group[0]] == 1) for _, group in order]
     return found + [([name], False) for name in names if name not in calls]
 
 
-def _hessian(layer: nn.Module, name: str, on_the_way: Sequence[Recorded], once: bool) -> Tensor:
-    """X^T X of the inputs of a linear layer over all real positions: products in fp32, summed in fp64.
+def _sums(
+    layer: nn.Module, reference: nn.Module, name: str, on_the_way: Sequence[Recorded], once: bool
+) -> tuple[Tensor, Tensor]:
+    """H = X^T X and D = (Z - X)^T X over all real positions: products in fp32, summed in fp64.
 
-    With `once`, what the decoder layer computes after it is left out.
+    X is what the linear layer reads, Z what it reads in the dense model. Where its inputs are not the positions (an
+    expert's, say), the rows of X and Z need not be the same positions, and D is 0.
+
+    Args:
+        reference: the decoder layer's dense copy.
+        once: the layer is called once; what the decoder layer computes after it is left out.
     """
     inputs = cast(nn.Linear, layer.get_submodule(name)).in_features
     device = on_the_way[0].hidden.device
-    total = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+    hessian = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+    drift = torch.zeros_like(hessian)
     for batch in on_the_way:
+        rounded = _inputs(layer, name, batch, batch.hidden, once)
+        dense = _inputs(reference, name, batch, batch.dense, once)
+        for x in rounded:
+            hessian += (x.t() @ x).double()
+        if len(rounded) == len(dense) == 1 and len(dense[0]) == int(batch.real.sum()):
+            drift += ((dense[0] - rounded[0]).t() @ rounded[0]).double()
+    return hessian, drift
 
-        def add(_: str, x: Tensor, real: Tensor = batch.real) -> None:
-            rows = x.reshape(-1, inputs)
-            if len(rows) == real.numel():  # else they are not the positions: an expert's, say
-                rows = rows[real.flatten()]
-            rows = rows.float()
-            total.add_((rows.t() @ rows).double())
-            if once:
-                raise _Enough
 
-        with _watching(layer, [name], add), suppress(_Enough):
-            batch.through(layer)
-    return total
+def _inputs(
+    layer: nn.Module, name: str, batch: Recorded, hidden: Tensor, once: bool
+) -> list[Tensor]:
+    """What each call of a linear layer reads, (positions, K) fp32, without padding."""
+    found: list[Tensor] = []
+
+    def note(_: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) == batch.real.numel():  # else they are not the positions
+            rows = rows[batch.real.flatten()]
+        found.append(rows.float())
+        if once:
+            raise _Enough
+
+    with _watching(layer, [name], note), suppress(_Enough):
+        batch.through(layer, hidden)
+    return found
 
 
 @contextmanager
@@ -330,7 +363,7 @@ def _record(
                 "calibration goes through all of them, once each",
                 _INSTEAD,
             )
-        found.append(Recorded(seen.first, _real(batch, seen.first), calls))
+        found.append(Recorded(seen.first, seen.first, _real(batch, seen.first), calls))
         alike = all(call.same(calls[0]) for call in calls)
     return found
 

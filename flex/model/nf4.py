@@ -12,8 +12,15 @@ columns that are still to come. With U upper triangular, U^T U = (H + damping * 
 in the order of falling H_jj, so that the inputs that weigh most are rounded while most can still make up for it. The
 scales of the blocks are chosen before (`search_scales`), and are those that will be stored, rounding included.
 
-Shapes: W (N, K); H (K, K); scales (ceil(N K / 64),), the blocks running over W's rows as bitsandbytes has them, so
-that one may begin in a row and end in the next.
+Where the layers before have been rounded, the layer reads X while the dense model's reads Z. What is wanted of it is
+still Z W^T (the aim of GPTAQ, Li et al. 2025, arXiv 2504.02692), and
+
+    |Z W^T - X Q^T|^2 = |X (W' - Q)^T|^2 + what no Q changes,    W' = W + W D H^-1,    D = (Z - X)^T X
+
+so it is W' that is rounded (`target_matrix`).
+
+Shapes: W (N, K); H and D (K, K); scales (ceil(N K / 64),), the blocks running over W's rows as bitsandbytes has them,
+so that one may begin in a row and end in the next.
 """
 
 from __future__ import annotations
@@ -147,6 +154,23 @@ def calibrated_codes(weight: Tensor, scales: Tensor, hessian: Tensor) -> tuple[T
     found = torch.empty_like(codes)
     found[order] = codes
     return found.t().contiguous(), damping
+
+
+def target_matrix(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
+    """W' (N, K), in the weight's dtype: of all matrices, the one whose outputs are nearest to the dense model's.
+
+    Damped as the rounding is, so that it stays near W where the data say little.
+
+    Args:
+        weight: (N, K), fp32 or fp64.
+        hessian: (K, K), fp64.
+        drift: D (K, K), fp64.
+
+    Raises NotPositive: see `inverse_factor`.
+    """
+    factor, _ = inverse_factor(hessian)
+    wide = weight.to(hessian.dtype)
+    return (wide + wide @ drift @ factor.t() @ factor).to(weight.dtype)
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:

@@ -31,8 +31,8 @@ class Rounded:
     """A matrix in NF4, as bitsandbytes keeps it.
 
     Attributes:
-        error: what the rounding does to the layer's outputs as a share of what nearest rounding does; None where
-            there was no H, and nearest rounding is what was done.
+        error: what the rounding does to the layer's outputs as a share of what nearest rounding does, both against
+            the best that any matrix can; None where there was no H, and nearest rounding is what was done.
         damping: what H's diagonal needed, see `nf4.inverse_factor`.
     """
 
@@ -67,7 +67,11 @@ def round_nearest(weight: Tensor, double_quant: bool) -> tuple[Tensor, Scales]:
 
 
 def round_matrix(
-    weight: Tensor, hessian: Tensor | None, double_quant: bool, dtype: torch.dtype
+    weight: Tensor,
+    hessian: Tensor | None,
+    double_quant: bool,
+    dtype: torch.dtype,
+    drift: Tensor | None = None,
 ) -> Rounded:
     """Round a matrix (N, K) so that its outputs change least.
 
@@ -77,6 +81,8 @@ def round_matrix(
         double_quant: store the scales in 8 bits too. The codes are chosen by the scales as stored, so that they make
             up for that rounding as well.
         dtype: what bitsandbytes is to dequantise to.
+        drift: (K, K) fp64, D of `flex.model.nf4`: the outputs are to be those of the dense model, whose inputs are
+            others. None: the inputs are the dense model's.
 
     Raises:
         nf4.NotPositive: H is not finite, or not of the form X^T X.
@@ -87,6 +93,8 @@ def round_matrix(
     error, damping = None, nf4.DAMPING
     if hessian is not None:
         nearest = nf4.decode(codes, nf4.spread(scales.read, shape))
+        if drift is not None:
+            wide = nf4.target_matrix(wide, hessian, drift)
         chosen = nf4.search_scales(wide, nf4.damped(hessian).diagonal())
         scales = store_scales(chosen, double_quant)
         codes, damping = nf4.calibrated_codes(wide, scales.read, hessian)

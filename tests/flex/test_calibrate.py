@@ -22,31 +22,35 @@ def made(tmp_path_factory):
     return Made(tmp_path_factory.mktemp("made"))
 
 
-def hessians_by_hand(made, batches, names):
-    """X^T X of every named layer in a plain model, example by example, whose matrices are rounded as far as they
-    stand before the layer in the model."""
-    model = AutoModelForCausalLM.from_pretrained(made.base)
+def sums_by_hand(made, batches, names):
+    """H = X^T X and D = (Z - X)^T X of every named layer, example by example: Z is what it reads in the plain model,
+    X what it reads in one whose matrices are rounded as far as they stand before the layer."""
+    dense, model = (AutoModelForCausalLM.from_pretrained(made.base) for _ in range(2))
     found = {}
     order = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     examples = [e for batch in batches for e in split(batch)]
     for i in range(2):
         for group in order:
             wanted = [n for n in names if f"layers.{i}." in n and n.rpartition(".")[2] in group]
-            inputs = []
-            module = model.get_submodule(wanted[0])
-            handle = module.register_forward_pre_hook(
-                lambda m, args, kept=inputs: kept.append(args[0].flatten(0, 1))
-            )
-            with torch.no_grad():
-                for ids in examples:
-                    model(ids[None])
-            handle.remove()
-            x = torch.cat(inputs).double()
+            z, x = (inputs_of(m, wanted[0], examples) for m in (dense, model))
             for name in wanted:
-                found[name] = x.t() @ x
+                found[name] = x.t() @ x, (z - x).t() @ x
                 matrix = made.matrices[made.names.index(name)]
                 model.get_submodule(name).weight.data = matrix.clone()
     return found
+
+
+def inputs_of(model, name, examples):
+    """What the layer reads, (positions, K) fp64."""
+    inputs = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda m, args: inputs.append(args[0].flatten(0, 1))
+    )
+    with torch.no_grad():
+        for ids in examples:
+            model(ids[None])
+    handle.remove()
+    return torch.cat(inputs).double()
 
 
 def split(batch):
@@ -55,7 +59,7 @@ def split(batch):
     return [row[real] for row, real in zip(batch.input_ids, batch.attention_mask, strict=True)]
 
 
-def check_hessians(made, module):
+def check_sums(made, module):
     """Of both layouts, whose padding must not count."""
     for batching in ("packed", "grouped"):
         cfg = made.config(f"data.batching={batching}")
@@ -66,9 +70,9 @@ def check_hessians(made, module):
         assert names == made.names
         seen, places = [], iter(made.matrices)
 
-        def given(weight, hessian, *rest, seen=seen):
-            seen.append(hessian.clone())
-            return nf4_store.round_matrix(weight, None, *rest)
+        def given(weight, hessian, double_quant, dtype, drift, seen=seen):
+            seen.append((hessian.clone(), drift.clone()))
+            return nf4_store.round_matrix(weight, None, double_quant, dtype)
 
         # the very matrices of `made`, so that what comes after them is known
         def read(packed, state, places=places):
@@ -78,27 +82,50 @@ def check_hessians(made, module):
             patch.setattr(module, "round_matrix", given)
             patch.setattr(module, "read_back", read)
             module.round_model(model, batches, Quantised("cpu", "nf4", True, torch.float32), names)
-        expected = hessians_by_hand(made, batches, names)
+        expected = sums_by_hand(made, batches, names)
         assert len(seen) == 14
-        for name, hessian in zip(names, seen, strict=True):
-            error = (hessian - expected[name]).abs().max() / expected[name].abs().max()
+        for name, (hessian, drift) in zip(names, seen, strict=True):
+            wanted, drifted = expected[name]
+            error = (hessian - wanted).abs().max() / wanted.abs().max()
             assert error < 1e-5, (batching, name, float(error))
+            # the difference of two rounded numbers: as exact as they are
+            error = (drift - drifted).abs().max() / wanted.abs().max()
+            assert error < 1e-6, (batching, name, float(error))
+            first = name.startswith("model.layers.0.self_attn.") and "o_proj" not in name
+            assert bool(drift.any()) != first, name
 
 
-def test_hessians_are_of_the_rounded_prefix_and_of_no_padding(made):
-    check_hessians(made, calibrate)
+def test_sums_are_of_the_rounded_prefix_and_of_no_padding(made):
+    check_sums(made, calibrate)
 
 
 BUGS = {
-    "padding counts": ("rows = rows[real.flatten()]", "pass"),
+    "padding counts": ("rows = rows[batch.real.flatten()]", "pass"),
     "the dense layer goes on": (
         "linear.weight = nn.Parameter(dense, requires_grad=False)",
         "del dense",
     ),
-    "the hidden states stay": ("batch.hidden = batch.through(layer)", "batch.through(layer)"),
+    "the hidden states stay": (
+        "self.hidden = self.through(layer, self.hidden)",
+        "self.through(layer, self.hidden)",
+    ),
+    "the dense hidden states stay": (
+        "self.dense = self.through(reference, self.dense)",
+        "self.through(reference, self.dense)",
+    ),
+    "the dense copy is rounded too": ("reference = copy.deepcopy(layer)", "reference = layer"),
     "only the last batch counts": (
-        "total.add_((rows.t() @ rows).double())",
-        "total.copy_((rows.t() @ rows).double())",
+        "hessian += (x.t() @ x).double()",
+        "hessian.copy_((x.t() @ x).double())",
+    ),
+    "only the last batch drifts": (
+        "drift += ((dense[0] - rounded[0])",
+        "drift[:] = ((dense[0] - rounded[0])",
+    ),
+    "the drift's sign": ("(dense[0] - rounded[0]).t()", "(rounded[0] - dense[0]).t()"),
+    "the drift is read from the dense inputs": (
+        ".t() @ rounded[0]).double()",
+        ".t() @ dense[0]).double()",
     ),
 }
 
@@ -106,7 +133,7 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_a_seeded_bug_is_seen(made, bug, tmp_path):
     with pytest.raises(AssertionError):
-        check_hessians(made, load_copy(tmp_path, calibrate, *bug))
+        check_sums(made, load_copy(tmp_path, calibrate, *bug))
 
 
 def walk(made, change, dtype=torch.float32):

@@ -81,7 +81,45 @@ def check_search(module):
         assert float(found[block]) == pytest.approx(min(errors, key=errors.get), rel=1e-12)
 
 
+def drifted(samples=400, columns=COLUMNS):
+    """Inputs X of a layer and those of the dense model's, Z, which a linear map makes of them up to some noise."""
+    generator = torch.Generator().manual_seed(3)
+    rounded = torch.randn(samples, columns, generator=generator, dtype=torch.float64)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
+    noise = torch.randn(samples, columns, generator=generator, dtype=torch.float64)
+    return rounded, rounded + 0.3 * rounded @ mix + 0.1 * noise
+
+
+def check_target(module):
+    """The ridge regression of the dense model's outputs on X, drawn to W instead of to 0."""
+    rounded, dense = drifted()
+    hessian, drift = rounded.t() @ rounded, (dense - rounded).t() @ rounded
+    found = module.target_matrix(WEIGHT, hessian, drift)
+    pull = (0.01 * hessian.diagonal().mean()).sqrt() * torch.eye(COLUMNS, dtype=torch.float64)
+    expected = torch.linalg.lstsq(
+        torch.cat([rounded, pull]), torch.cat([dense @ WEIGHT.t(), pull @ WEIGHT.t()])
+    ).solution.t()
+    assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(module.target_matrix(WEIGHT, hessian, 0 * drift), WEIGHT)
+
+
 # ---- the mathematics ----
+
+
+def test_the_target_is_a_regression_on_the_dense_models_outputs():
+    check_target(nf4)
+
+
+def test_outputs_are_nearer_to_the_dense_models_with_drift_than_without():
+    rounded, dense = drifted(1000)
+    weight = case(48)[0]
+    hessian, drift = rounded.t() @ rounded, (dense - rounded).t() @ rounded
+    errors = []
+    for given in (drift, None):
+        found = nf4_store.round_matrix(weight, hessian, True, torch.float32, given)
+        matrix = nf4_store.read_back(found.packed, found.state).double()
+        errors.append(float((dense @ weight.t() - rounded @ matrix.t()).square().sum()))
+    assert errors[0] < 0.3 * errors[1]
 
 
 def test_it_is_gptq_written_out():
@@ -176,6 +214,15 @@ def check_store(module):
         assert torch.equal(module.read_back(found.packed, found.state), meant)
         chosen = nf4.search_scales(wide, nf4.damped(hessian).diagonal())
         assert (absmax - chosen).abs().max() <= 0.02 * chosen.abs().max()
+    drift = 0.1 * case(7, 51, seed=3)[1]
+    with_drift = module.round_matrix(weight, hessian, False, torch.float32, drift)
+    target = nf4.target_matrix(wide, hessian, drift)
+    assert_close(with_drift.state.absmax, nf4.search_scales(target, nf4.damped(hessian).diagonal()))
+    nearest = module.round_nearest(wide, False)[0]
+    near = nf4.decode(nearest, nf4.spread(nf4.block_maxima(wide), wide.shape))
+    found = module.read_back(with_drift.packed, with_drift.state)
+    errors = [nf4.output_error(matrix - target, hessian) for matrix in (found, near)]
+    assert with_drift.error == pytest.approx(errors[0] / errors[1], rel=1e-5)
 
 
 def test_bitsandbytes_reads_the_matrix_that_was_meant():
@@ -233,7 +280,16 @@ SEARCH = {
         "importance.to(weight.dtype).expand_as(weight).t()",
     ),
 }
+TARGET = {
+    "the drift is transposed": ("wide @ drift @", "wide @ drift.t() @"),
+    "H is not inverted": ("@ factor.t() @ factor)", "@ hessian)"),
+    "the weight is left out": ("(wide + wide @ drift", "(wide @ drift"),
+}
 STORE = {
+    "the weight is rounded, not the target": (
+        "wide = nf4.target_matrix(wide, hessian, drift)",
+        "nf4.target_matrix(wide, hessian, drift)",
+    ),
     "scales before they are stored": (
         "nf4.calibrated_codes(wide, scales.read, hessian)",
         "nf4.calibrated_codes(wide, chosen, hessian)",
@@ -255,9 +311,10 @@ STORE = {
     [
         *((nf4, check_rounding, bug) for bug in MATHS.values()),
         *((nf4, check_search, bug) for bug in SEARCH.values()),
+        *((nf4, check_target, bug) for bug in TARGET.values()),
         *((nf4_store, check_store, bug) for bug in STORE.values()),
     ],
-    ids=[*MATHS, *SEARCH, *STORE],
+    ids=[*MATHS, *SEARCH, *TARGET, *STORE],
 )
 def test_a_seeded_bug_is_seen(module, check, bug, tmp_path):
     mutant = load_copy(tmp_path, module, *bug)
