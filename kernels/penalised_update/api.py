@@ -14,6 +14,7 @@ from ..runtime import TRITON_DTYPES, choose_impl, require, require_one_of
 from ..sophia_update import UpdateGroup, sophia_update_groups
 from ..sophia_update.api import check_control, check_group
 from ..spectral_penalty import Spectrum, spectral_penalty_into
+from ..spectral_penalty.chips import chip_of
 from ..spectral_penalty.reference import ROLES
 
 if TYPE_CHECKING:  # it imports Triton
@@ -148,7 +149,8 @@ def _by_kernel(
     for i, item in enumerate(items):
         groups.setdefault(item.key, []).append(i)
     order = [i for index in groups.values() for i in index]
-    spec = {item.length: plan(item.length, precision_of(spectrum)) for item in items}
+    precision, chip = precision_of(spectrum), chip_of(items[0].p.device)
+    spec = {item.length: plan(item.length, precision, chip) for item in items}
     counts = [-(-items[i].count // spec[items[i].length].rows) for i in order]
     device = items[0].p.device
     sums = torch.empty(2, sum(counts), dtype=torch.float32, device=device)
@@ -222,7 +224,7 @@ def _refusal(
 ) -> Exception | None:
     """Why the kernel cannot take a matrix; None if it can."""
     from ..spectral_penalty.tables import plan, precision_of
-    from .kernel import SPILLING_COLUMNS
+    from .kernel import fits
 
     if spectrum.transform != "axis":
         return NotImplementedError(
@@ -242,13 +244,13 @@ def _refusal(
             )
     length = p.shape[1] if role == "A" else p.shape[0]
     try:
-        plan(length, precision_of(spectrum))
+        spec = plan(length, precision_of(spectrum), chip_of(p.device))
     except ValueError as error:
         return error
-    if role == "B" and (length, start is not None) in SPILLING_COLUMNS:
+    if not fits(spec):
         return ValueError(
-            f"a B has {length} rows and {'no' if start is None else 'a'} start; there the Triton "
-            "kernel's registers spill; use impl='auto' or impl='torch'"
+            f"the feature axis has {length} elements; on {spec.chip.name} in {spec.precision} the registers of "
+            "one pass spill; use impl='auto' or impl='torch', which take two"
         )
     return None
 

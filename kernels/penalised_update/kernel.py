@@ -31,18 +31,11 @@ from ..spectral_penalty.core import (
     circulant_four,
     stacked_table,
 )
-from ..spectral_penalty.kernel import NUM_WARPS, on_device, own_piece, owners
 from ..spectral_penalty.kernel import constants as plan_constants
+from ..spectral_penalty.kernel import on_device, own_piece, owners
 from ..spectral_penalty.tables import Plan, Tables
 
 COLUMNS = 12
-# Padded points of a program beyond which p and x take 128 of the 255 registers of a thread. Then the
-# classes of a transform must be apart (core.py); and with a start, from which p and x differ at once,
-# holding p still spills (13824: 44 spill instructions on sm_90).
-SHORT_POINTS = 8192
-# Columns (B) that keep one value in local memory on sm_90, four spill instructions, by length and
-# whether there is a start; rows have none. They are not launched.
-SPILLING_COLUMNS = frozenset({(14336, True)})
 
 
 @triton.jit
@@ -323,25 +316,24 @@ class Item:
         return self.length, self.unit, *(None if t is None else t.dtype for t in self.tensors)
 
 
-def _is_long(spec: Plan) -> bool:
-    q1, q2 = spec.padded
-    return spec.rows * spec.split * q1 * q2 > SHORT_POINTS
+def fits(spec: Plan) -> bool:
+    """Whether a program holds p, or reads it again, beside the transform without a spill."""
+    return spec.row_points <= spec.chip.row_update[spec.precision]
 
 
 def holds(spec: Plan, start: bool) -> bool:
-    """Whether p stays in registers through the transform."""
-    return not (start and _is_long(spec))
+    """Whether p stays in registers through the transform.
+
+    With a start p and what is transformed differ from the first, and of a long row take 128 of the 255 registers of a
+    thread. That is one too many where eight blocks wait for their turn (13824: 50 spill instructions on sm_90).
+    """
+    return not (start and spec.is_long and spec.split == 8)
 
 
 def constants(spec: Plan, start: bool) -> dict[str, Any]:
     """The constexprs that a plan, and whether there is a start, fix."""
-    own = {"COLUMNS": COLUMNS, "SCALARS": SCALARS}
-    return {
-        **plan_constants(spec),
-        **own,
-        "HOLDS": holds(spec, start),
-        "APART": not start and _is_long(spec),
-    }
+    own = {"COLUMNS": COLUMNS, "SCALARS": SCALARS, "HOLDS": holds(spec, start)}
+    return {**plan_constants(spec), **own}
 
 
 def update_launch(
@@ -381,5 +373,5 @@ def update_launch(
         HAS_CONTROL=control is not None,
         UNIT=items[0].unit,
         **constants(spec, items[0].start is not None),
-        num_warps=NUM_WARPS,
+        num_warps=spec.chip.num_warps,
     )

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import triton.language as tl
 
 from ..runtime import Shipped
-from ..spectral_penalty.kernel import NUM_WARPS
-from ..spectral_penalty.shipped import REFUSED, TABLES
-from ..spectral_penalty.tables import Plan, plan
+from ..spectral_penalty.shipped import TABLES, TARGETS, plans
+from ..spectral_penalty.tables import Plan
 from . import kernel
 
-LENGTHS = (4096, 5120, 11008, 13824, 14336)
-TARGETS = ("sm_90", "sm_100")
-PRECISIONS = {"ramp": "tf32", "edge": "tf32x3"}
 SIGNATURE = {
     "owner_ptr": "*i32",
     "table_ptr": "*i64",
@@ -44,30 +38,28 @@ def _config(name: str, spec: Plan, unit: bool, start: bool, rounded: bool = Fals
             "UNIT": unit,
             **kernel.constants(spec, start),
         },
-        num_warps=NUM_WARPS,
+        num_warps=spec.chip.num_warps,
         mma=True,
         wide_loads=unit,
-        targets=TARGETS,
+        targets=TARGETS[spec.chip],
     )
 
 
 def shipped() -> list[Shipped]:
-    """Every length in fp32, rows (A) and columns (B), with the start subtracted and without.
+    """Every plan that fits, in fp32: rows (A) and columns (B), with the start subtracted and without.
 
     Full precision ("edge") is compiled with the start only, which takes more registers. And at the
     most common length, fp32 masters with bf16 gradients and a bf16 copy.
     """
     found = []
-    for length, (label, precision) in product(LENGTHS, PRECISIONS.items()):
-        if (length, precision) in REFUSED:
+    for label, end, spec in plans():
+        if not kernel.fits(spec):
             continue
-        spec = plan(length, precision)
-        for (role, unit), start in product((("A", True), ("B", False)), (False, True)):
-            spills = role == "B" and (length, start) in kernel.SPILLING_COLUMNS
-            if spills or (label == "edge" and not start):
-                continue
-            name = f"{length}-{label}-{role}" + ("-start" if start else "")
-            found.append(_config(name, spec, unit, start))
-    spec = plan(LENGTHS[0], PRECISIONS["ramp"])
-    found.append(_config(f"{LENGTHS[0]}-ramp-A-start-copy-bf16", spec, True, True, True))
+        name = f"{spec.length}-{label}"
+        for role, start in (("A", False), ("A", True), ("B", False), ("B", True)):
+            if start or label == "ramp":
+                more = f"-{role}" + ("-start" if start else "")
+                found.append(_config(f"{name}{more}{end}", spec, role == "A", start))
+        if name == "4096-ramp":
+            found.append(_config(f"{name}-A-start-copy-bf16{end}", spec, True, True, True))
     return found

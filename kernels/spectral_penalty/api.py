@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..runtime import TRITON_DTYPES, choose_impl, require
 from . import line_native
+from .chips import chip_of
 from .reference import ROLES, Spectrum
 from .transform import apply_operator, line_table, plane_table, product_gradients
 
@@ -205,7 +206,8 @@ def _into_triton(
     for i, m in enumerate(matrices):
         key = (m.length, m.w.dtype, m.g.dtype, None if m.w0 is None else m.w0.dtype)
         groups.setdefault(key, []).append(i)
-    plans = {key: plan(key[0], precision_of(spectrum)) for key in groups}  # refuses before any work
+    precision, chip = precision_of(spectrum), chip_of(params[0].device)
+    plans = {key: plan(key[0], precision, chip) for key in groups}  # refuses before any work
     counts = [programs(plans[key], matrices[i]) for key, index in groups.items() for i in index]
     device = params[0].device
     partials = torch.empty(2, sum(counts), dtype=torch.float32, device=device)
@@ -229,7 +231,8 @@ def _fits(w: Tensor, g: Tensor, role: str, w0: Tensor | None, spectrum: Spectrum
     if spectrum.transform != "axis" or not dtypes <= set(TRITON_DTYPES):
         return False
     try:
-        plan(w.shape[1] if role == "A" else w.shape[0], precision_of(spectrum))
+        length = w.shape[1] if role == "A" else w.shape[0]
+        plan(length, precision_of(spectrum), chip_of(w.device))
     except ValueError:
         return False
     return True

@@ -27,7 +27,6 @@ from .core import circulant_class, circulant_eight, circulant_four, stacked_tabl
 from .tables import Plan, Tables
 
 COLUMNS = 13
-NUM_WARPS = 8
 SUM_BLOCK = 1024  # partial values that the summing program reads at a time
 SUM_WARPS = 4
 
@@ -160,6 +159,7 @@ def _penalty_kernel(
     q2: tl.constexpr,
     Q1: tl.constexpr,
     Q2: tl.constexpr,
+    APART: tl.constexpr,  # classes of a transform share no registers
     COLUMNS: tl.constexpr,
 ):
     """g += x = 2 weight C (w - w0) for this program's vectors; its weight <w, C w> and |x|^2."""
@@ -175,8 +175,6 @@ def _penalty_kernel(
     if q1 != q2:
         dft2 = stacked_table(dft2_ptr, Q2, PRECISION)
     tl.debug_barrier()  # tables are in shared memory before w is loaded: else both take registers
-    # three dots for one: there the classes must be apart, or registers spill on sm_100
-    APART: tl.constexpr = PRECISION != "tf32"
     tables = (dft1, dft2, twiddle_ptr, sigma_ptr, twist_ptr, row_ptr + 11)
     unit = tl.load(row_ptr + 12) != 0
     if SPLIT == 1:
@@ -279,6 +277,7 @@ def constants(spec: Plan) -> dict[str, Any]:
         "q2": spec.q2,
         "Q1": q1,
         "Q2": q2,
+        "APART": spec.apart,
         "COLUMNS": COLUMNS,
     }
 
@@ -313,7 +312,7 @@ def penalty_launch(
         G_TYPE=TL_DTYPES[g.dtype],
         START_TYPE=None if w0 is None else TL_DTYPES[w0.dtype],
         **constants(spec),
-        num_warps=NUM_WARPS,
+        num_warps=spec.chip.num_warps,
     )
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import product
 
 import triton.language as tl
 
 from ..runtime import Shipped
 from . import kernel
+from .chips import AMPERE, CDNA3, HOPPER
 from .tables import Plan, plan
 
 LENGTHS = (4096, 5120, 8192, 11008, 13824, 14336)
-TARGETS = ("sm_90", "sm_100")
-REFUSED = {(n, "tf32x3") for n in (11008, 13824, 14336)}  # a core of more than 32 x 32 spills
+PRECISIONS = {"ramp": "tf32", "edge": "tf32x3"}
+# What each chip was found on; a name says the target where it is not Hopper's.
+TARGETS = {HOPPER: ("sm_90", "sm_100"), AMPERE: ("sm_80",), CDNA3: ("gfx942",)}
 TABLES = ("dft1_ptr", "dft2_ptr", "twiddle_ptr", "sigma_ptr", "twist_ptr")
 SIGNATURE = {
     "owner_ptr": "*i32",
@@ -24,33 +28,36 @@ SIGNATURE = {
 }
 
 
-def _config(name: str, spec: Plan, w: object, g: object, start: object) -> Shipped:
-    types = {"W_TYPE": w, "G_TYPE": g, "START_TYPE": start}
+def plans() -> Iterator[tuple[str, str, Plan]]:
+    """(label, name's end, plan) of every length, precision and chip that fit each other."""
+    for chip, length, (label, precision) in product(TARGETS, LENGTHS, PRECISIONS.items()):
+        with suppress(ValueError):  # too long for the chip in this precision
+            spec = plan(length, precision, chip)
+            yield label, "" if chip is HOPPER else f"-{chip.name}", spec
+
+
+def _config(name: str, spec: Plan, start: object) -> Shipped:
+    types = {"W_TYPE": tl.float32, "G_TYPE": tl.float32, "START_TYPE": start}
     return Shipped(
         f"spectral_penalty/{name}",
         kernel._penalty_kernel,
         SIGNATURE,
         {**types, **kernel.constants(spec)},
-        num_warps=kernel.NUM_WARPS,
+        num_warps=spec.chip.num_warps,
         mma=True,
         # rows; columns, in the other branch of the same function, are read 32 bits at a time
         wide_loads=True,
-        targets=TARGETS,
+        targets=TARGETS[spec.chip],
     )
 
 
-def _lengths() -> Iterator[tuple[str, Plan]]:
-    for length in LENGTHS:
-        for label, precision in (("ramp", "tf32"), ("edge", "tf32x3")):
-            if (length, precision) not in REFUSED:
-                yield f"{length}-{label}", plan(length, precision)
-
-
 def shipped() -> list[Shipped]:
-    """Every length in fp32, without and with the start subtracted, by the precisions that fit."""
-    fp32 = tl.float32
-    found = [_config(name, spec, fp32, fp32, None) for name, spec in _lengths()]
-    found += [_config(f"{name}-start", spec, fp32, fp32, fp32) for name, spec in _lengths()]
+    """Every plan in fp32, without and with the start subtracted."""
+    found = [
+        _config(f"{spec.length}-{label}{more}{end}", spec, start)
+        for more, start in (("", None), ("-start", tl.float32))
+        for label, end, spec in plans()
+    ]
     found.append(
         Shipped(
             "spectral_penalty/sum",
@@ -59,7 +66,6 @@ def shipped() -> list[Shipped]:
             {"BLOCK_N": kernel.SUM_BLOCK},
             num_warps=kernel.SUM_WARPS,
             wide_loads=False,  # a matrix has at most some hundred partial values
-            targets=TARGETS,
         )
     )
     return found

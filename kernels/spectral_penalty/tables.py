@@ -13,16 +13,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .chips import HOPPER, Chip
 from .reference import Spectrum
 from .transform import line_table
 
-SMALLEST, LARGEST = 16, 64  # padded factors of a core: a dot takes 16, 64 x 64 fits the registers
-# Padded points of a core in registers, by precision; more spills (the kernels report is the proof).
-CORE_POINTS = {"tf32": LARGEST * LARGEST, "tf32x3": LARGEST * LARGEST // 4}
-ROW_POINTS = (
-    16384  # padded points of all blocks of a row: 64 registers per thread wait for their turn
-)
-FULL_ROWS = 48  # beside a 64 x 64 core: padding rows take no registers, and a quarter must be free
+SMALLEST, LARGEST = 16, 64  # padded factors of a core: a dot takes 16
+LONG_POINTS = 8192  # beyond them what a program transforms takes 64 registers of a thread
 SPLITS = (1, 4, 8)
 # d rho / dx of a sigmoid is at most sharpness / 4; the ramp has 1, power its exponent.
 STEEPEST = 4.0
@@ -35,6 +31,7 @@ class Plan:
     Attributes:
         precision: of the dots; "tf32" (relative error of the gradient up to 1e-2, with little
             content at high frequencies) or "tf32x3" (below 5e-6 for a ramp, 5e-4 for a hard edge).
+        chip: whose registers it was planned for.
     """
 
     length: int
@@ -42,6 +39,7 @@ class Plan:
     q1: int
     q2: int
     precision: str
+    chip: Chip = HOPPER
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -51,6 +49,22 @@ class Plan:
     def rows(self) -> int:
         """Rows that one program takes."""
         return 2 if self.split == 1 else 1
+
+    @property
+    def row_points(self) -> int:
+        """Padded points of all blocks of a row."""
+        q1, q2 = self.padded
+        return self.split * q1 * q2
+
+    @property
+    def is_long(self) -> bool:
+        """Whether values that wait for the end of the transform take too many registers."""
+        return self.rows * self.row_points > LONG_POINTS
+
+    @property
+    def apart(self) -> bool:
+        """Whether the classes must share no registers (core.py): three dots for one spill on sm_100 else."""
+        return self.chip.always_apart or self.is_long or self.precision != "tf32"
 
     @property
     def classes(self) -> int:
@@ -75,8 +89,8 @@ def precision_of(spectrum: Spectrum) -> str:
 
 
 @lru_cache(maxsize=256)
-def plan(length: int, precision: str, split: int | None = None) -> Plan:
-    """The fewest blocks, then the least padding. `split` fixes the blocks (tests).
+def plan(length: int, precision: str, chip: Chip = HOPPER, split: int | None = None) -> Plan:
+    """The fewest blocks, then the least padding, within what the chip holds. `split` fixes the blocks (tests).
 
     Raises:
         ValueError: `length` is not split * q1 * q2 with factors that fit.
@@ -87,20 +101,20 @@ def plan(length: int, precision: str, split: int | None = None) -> Plan:
             q2, rest = divmod(length, blocks * q1)
             if rest or not 1 <= q2 <= LARGEST:
                 continue
-            points = _pad(q1) * _pad(q2)
-            full = blocks * points == ROW_POINTS and points == LARGEST**2 and q1 > FULL_ROWS
-            if points <= CORE_POINTS[precision] and blocks * points <= ROW_POINTS and not full:
+            size_1, size_2 = _pad(q1), _pad(q2)
+            points = size_1 * size_2
+            is_full = blocks * points == chip.row and points == LARGEST**2 and q1 > chip.full_rows
+            if points <= chip.core[precision] and blocks * points <= chip.row and not is_full:
                 # square cores have the smallest tables; else the longer axis first, as sm_90's
                 # tensor cores take 64 rows
-                size_1, size_2 = _pad(q1), _pad(q2)
                 found.append((points, abs(size_1 - size_2), -size_1, abs(q1 - q2), q1, q2))
         if found:
             *_, q1, q2 = min(found)
-            return Plan(length, blocks, q1, q2, precision)
+            return Plan(length, blocks, q1, q2, precision, chip)
     raise ValueError(
         f"the feature axis has {length} elements; the Triton kernel takes s * q1 * q2 with s one of "
-        f"{', '.join(map(str, SPLITS))} and q1, q2 at most {LARGEST} (in {precision} padded to "
-        f"powers of two, q1 * q2 at most {CORE_POINTS[precision]}, s * q1 * q2 at most {ROW_POINTS}); "
+        f"{', '.join(map(str, SPLITS))} and q1, q2 at most {LARGEST} (on {chip.name} in {precision} padded "
+        f"to powers of two, q1 * q2 at most {chip.core[precision]}, s * q1 * q2 at most {chip.row}); "
         "use impl='torch'"
     )
 

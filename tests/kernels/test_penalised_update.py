@@ -6,7 +6,7 @@ import torch
 from flex.kernels.penalised_update import api, kernel, penalised_reference, penalised_update
 from flex.kernels.penalised_update.shipped import shipped
 from flex.kernels.sophia_update import Scalars, UpdateGroup, gradient_norm, sophia_update_groups
-from flex.kernels.spectral_penalty import Spectrum, spectral_penalty_into, tables
+from flex.kernels.spectral_penalty import Spectrum, chips, spectral_penalty_into, tables
 from tests.counting import count_traffic
 from tests.mutants import load_copy
 from tests.oracle import assert_within_budget
@@ -113,7 +113,7 @@ def check(groups, roles, spectrum=AXIS, start=True, control=CONTROL, impl="trito
 
 def with_split(monkeypatch, split):
     """Make every plan take `split` blocks, so that short lengths go through the long ones' code."""
-    monkeypatch.setattr(tables, "plan", lambda n, precision: PLAN(n, precision, split))
+    monkeypatch.setattr(tables, "plan", lambda n, precision, chip: PLAN(n, precision, chip, split))
 
 
 # ---- the result
@@ -137,7 +137,7 @@ def test_lengths(length, spectrum):
 def test_blocks(length, split, short, monkeypatch):
     with_split(monkeypatch, split)
     if not short:
-        monkeypatch.setattr(kernel, "SHORT_POINTS", 0)
+        monkeypatch.setattr(tables, "LONG_POINTS", 0)
         check([make_group([(2, length), (length, 1)])], "AB", start=False)
     check([make_group([(2, length), (length, 1)])], "AB")
 
@@ -199,12 +199,12 @@ def test_not_finite_changes_nothing_but_is_measured(bad, impl):
 # ---- what it costs
 
 
-def table_bytes(length):
+def table_bytes(spec):
     """What a program reads of the constant tables, which all programs share through L2."""
-    spec = tables.plan(length, "tf32")
     size_1, size_2 = spec.padded
     dfts = (2 * size_1) ** 2 + (2 * size_2) ** 2 * (spec.q1 != spec.q2)
-    return 4 * (dfts + 5 * size_1 * size_2)  # twiddles twice, sigma
+    # of each class twiddles twice and sigma; of all but the first twists twice
+    return 4 * (dfts + (9 * spec.classes - 4) * size_1 * size_2)
 
 
 @pytest.mark.parametrize(("start", "each"), ((False, 24), (True, 28)))
@@ -220,27 +220,31 @@ def test_bytes_and_launches(start, each):
     assert traffic.launches == {"_penalised_kernel": 3, "_sum_kernel": 1, "_count_kernel": 1}
     elements, programs = sum(p.numel() for p in group.params), 3 + 1 + 2
     read, written = traffic.by_kernel["_penalised_kernel"]
-    read -= 4 * table_bytes(4096) + 2 * table_bytes(448)
+    read -= 4 * table_bytes(PLAN(4096, "tf32")) + 2 * table_bytes(PLAN(448, "tf32"))
     assert written == 8 * elements + 12 * programs
     assert read + written <= 1.05 * each * elements
     assert 0 < read - (each - 8) * elements <= 500 * programs  # the table: stays in L1
 
 
-@pytest.mark.parametrize(("start", "each"), ((False, 24), (True, 32)))
-def test_a_long_row_with_a_start_is_read_once_more(start, each, monkeypatch):
-    monkeypatch.setattr(kernel, "SHORT_POINTS", 0)
+@pytest.mark.parametrize(("split", "start", "each"), ((4, True, 28), (8, True, 32), (8, False, 24)))
+def test_of_long_rows_only_eight_blocks_with_a_start_are_read_once_more(
+    split, start, each, monkeypatch
+):
+    with_split(monkeypatch, split)
+    monkeypatch.setattr(tables, "LONG_POINTS", 0)
     group = make_group([(2, 4096)])
     starts = [p.clone() for p in group.params] if start else None
     with count_traffic() as traffic:
         penalised_update([group], AXIS, "A", WEIGHT, starts=starts, impl="triton")
     read, written = traffic.by_kernel["_penalised_kernel"]
-    assert each * 8192 < read - table_bytes(4096) + written <= 1.05 * each * 8192
+    read -= 2 * table_bytes(PLAN(4096, "tf32", split=split))
+    assert each * 8192 < read + written <= 1.05 * each * 8192
 
 
 def test_which_vectors_are_held():
     lengths = (4096, 5120, 8192, 11008, 13824, 14336)
     assert all(kernel.holds(PLAN(n, "tf32"), False) for n in lengths)
-    assert [n for n in lengths if kernel.holds(PLAN(n, "tf32"), True)] == [4096, 5120, 8192]
+    assert [n for n in lengths if kernel.holds(PLAN(n, "tf32"), True)] == [*lengths[:4]]
 
 
 def test_shipped_names_are_unique_and_bind():
@@ -279,13 +283,14 @@ def test_refusals():
         assert torch.equal(odd.params[0], before)
 
 
-@pytest.mark.parametrize(("length", "start"), ((14336, True),))
-def test_columns_that_spill_are_refused(length, start):
+def test_what_spills_on_a_chip_is_refused(monkeypatch):
     """What the kernels report found, not a property of the length."""
-    column = UpdateGroup(*([torch.ones(length, 1)] for _ in range(4)), FIRST)
-    starts = [torch.zeros(length, 1)] if start else None
-    with pytest.raises(ValueError, match=rf"{length}.*impl='torch'"):
-        penalised_update([column], AXIS, "B", WEIGHT, starts=starts, impl="triton")
+    monkeypatch.setattr(api, "chip_of", lambda device: chips.AMPERE)
+    for roles, shape, spectrum in (("A", (1, 5120), AXIS), ("B", (4096, 1), EDGE)):
+        group = make_group([shape])
+        with pytest.raises(ValueError, match=r"sm_80 in tf32.*spill.*impl='torch'"):
+            penalised_update([group], spectrum, roles, WEIGHT, impl="triton")
+    check([make_group([(1, 4096)])], "A")
 
 
 def test_auto_gives_the_rest_to_the_passes(monkeypatch):
@@ -296,6 +301,10 @@ def test_auto_gives_the_rest_to_the_passes(monkeypatch):
     with count_traffic() as traffic:
         check([make_group([(3, 131), (64, 3), (2, 131)])], "ABA", impl="auto")
     assert traffic.launches["_penalised_kernel"] == 2  # `check` runs it twice
+    monkeypatch.setattr(api, "chip_of", lambda device: chips.UNKNOWN)
+    with count_traffic() as traffic:
+        check([make_group([(3, 64)])], "A", impl="auto")
+    assert "_penalised_kernel" not in traffic.launches
 
 
 # ---- bugs that must not survive: (name, text, what a careless author would have written)

@@ -7,7 +7,8 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from flex.kernels.spectral_penalty import (
     Spectrum,
     api,
+    chips,
     core,
     kernel,
     spectral_penalty,
@@ -77,7 +79,7 @@ def check(
 
 def with_split(monkeypatch: pytest.MonkeyPatch, split: int, module: ModuleType = tables) -> None:
     """Make every plan take `split` blocks, so that short lengths go through the long ones' code."""
-    monkeypatch.setattr(module, "plan", lambda n, precision: PLAN(n, precision, split))
+    monkeypatch.setattr(module, "plan", lambda n, precision, chip: PLAN(n, precision, chip, split))
 
 
 # ---- the result
@@ -267,6 +269,65 @@ def test_plans() -> None:
             tables.plan(n, precision)
 
 
+CHIPS = {
+    chips.HOPPER: {
+        "tf32": {4096: 1, 5120: 4, 8192: 4, 11008: 4, 13824: 8, 14336: 8},
+        "tf32x3": {4096: 4, 5120: 8, 8192: 8},
+    },
+    chips.AMPERE: {"tf32": {4096: 4, 5120: 8, 8192: 8}, "tf32x3": {4096: 8}},
+    chips.CDNA3: {
+        "tf32": {4096: 1, 5120: 4, 8192: 4, 11008: 8, 13824: 8, 14336: 8},
+        "tf32x3": {4096: 4, 5120: 8, 8192: 8},
+    },
+    chips.UNKNOWN: {"tf32": {}, "tf32x3": {}},
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+@pytest.mark.parametrize("precision", ("tf32", "tf32x3"))
+def test_blocks_by_chip(chip: chips.Chip, precision: str) -> None:
+    """What compiles without spills; the rest is refused by the chip's name."""
+    for n in (4096, 5120, 8192, 11008, 13824, 14336):
+        if n in CHIPS[chip][precision]:
+            spec = tables.plan(n, precision, chip)
+            assert spec.split * spec.q1 * spec.q2 == n and spec.chip is chip
+            assert spec.split == CHIPS[chip][precision][n], n
+        else:
+            with pytest.raises(ValueError, match=rf"{n} elements.*{chip.name} in {precision}"):
+                tables.plan(n, precision, chip)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    (
+        *(((8, minor), None, chips.AMPERE) for minor in (0, 6, 9)),
+        ((9, 0), None, chips.HOPPER),
+        *(((10, minor), None, chips.HOPPER) for minor in (0, 3)),
+        ((12, 0), None, chips.AMPERE),
+        ((7, 5), None, chips.UNKNOWN),
+        ("gfx942:sramecc+:xnack-", "6.4", chips.CDNA3),
+        ("gfx1100", "6.4", chips.UNKNOWN),
+    ),
+    ids=str,
+)
+def test_chip_of_a_device(
+    capability: Any, hip: str | None, expected: chips.Chip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = SimpleNamespace(gcnArchName=capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    chip_of = chips.chip_of.__wrapped__  # without its cache
+    assert chip_of(torch.device("cuda")) is expected
+    assert chip_of(CPU) is chips.HOPPER
+
+
+@pytest.mark.parametrize("chip", (chips.AMPERE, chips.CDNA3), ids=lambda chip: chip.name)
+def test_the_result_by_chip(chip: chips.Chip, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "chip_of", lambda device: chip)
+    check(spectral_penalty_into, [(1, 4096), (96, 3)], "AB", start=True)
+
+
 def test_refusals() -> None:
     w, g = matrices([(2, 64), (2, 64)])
 
@@ -298,6 +359,10 @@ def test_auto_gives_the_rest_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with count_traffic() as traffic:
         check(run, [(3, 131), (64, 3), (2, 131)], "ABA", start=True)
     assert traffic.launches == {"_penalty_kernel": 2, "_sum_kernel": 2}  # `check` runs it twice
+    monkeypatch.setattr(api, "chip_of", lambda device: chips.UNKNOWN)
+    with count_traffic() as traffic:
+        check(run, [(3, 64)], "A")
+    assert not traffic.launches
 
 
 # ---- bugs that must not survive: (name, module, its text, what a careless author would have written)
