@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "flex/recipes/mbpp-smollm2.yaml"
+SMOLLM2 = "smollm2-135m"
 BATCH = 16  # examples a step
 LR = "1e-3"  # as peer_common.LR
 SAME_UPDATE = (
@@ -201,28 +202,28 @@ def call(command: list[str], threads: int | None) -> str:
 
 
 def make_job(
-    folder: Path, steps: int, mbpp: Path | None, tiny: bool = False, python: str | None = None
+    folder: Path,
+    steps: int,
+    mbpp: Path | None,
+    model: str = SMOLLM2,
+    python: str | None = None,
 ) -> Job:
-    """SmolLM2-135M on MBPP's training rows (on the built-in tasks without a file); `tiny`: random weights.
+    """A model on MBPP's training rows (on the built-in tasks without a file).
 
     Args:
-        folder: where the examples (and the tiny model) are written.
+        folder: where the examples (and a shape's random weights) are written.
         mbpp: mbpp.jsonl, or None.
+        model: SmolLM2-135M, or `shape:<preset>`, which has SmolLM2's tokenizer if its vocabulary is as large.
         python: of the TRL peer; none: this one.
     """
     from flex.config_io import load_config
     from flex.data.loader import SampleSequence, load_data
-    from flex.model.base import load_model, load_tokenizer, resolve
+    from flex.model.base import load_tokenizer, resolve
 
     data = [f"data.path={mbpp}"] if mbpp else ["data.name=builtin"]
-    model = "shape:tiny" if tiny else "smollm2-135m"
-    cfg = load_config(str(ROOT / RECIPE), [*data, f"model.name={model}"])
+    where = model if model == SMOLLM2 else str(write_model(folder / "model", model))
+    cfg = load_config(str(ROOT / RECIPE), [*data, f"model.name={where}"])
     tokenizer = load_tokenizer(cfg.model)
-    where = resolve(cfg.model)
-    if tiny:
-        where = str(folder / "model")
-        load_model(cfg.model).save_pretrained(where)
-        tokenizer.save_pretrained(where)
     examples = load_data(cfg, tokenizer).train
     sequence = SampleSequence(len(examples), BATCH, cfg.seed)
     path = folder / "examples.jsonl"
@@ -233,4 +234,20 @@ def make_job(
                 labels = [-100, *example.labels.tolist()[:-1]]
                 row = {"input_ids": example.input_ids.tolist(), "labels": labels}
                 file.write(json.dumps(row) + "\n")
-    return Job(where, path, tuple(data), steps, python or sys.executable)
+    return Job(resolve(cfg.model), path, tuple(data), steps, python or sys.executable)
+
+
+def write_model(folder: Path, shape: str) -> Path:
+    """`shape:<preset>` with random weights, as a folder that every side can load."""
+    from flex.config import ModelConfig
+    from flex.model.base import load_tokenizer
+    from flex.model.shapes import write_shape
+
+    write_shape(shape.removeprefix("shape:"), folder)
+    tokenizer = load_tokenizer(ModelConfig(name=SMOLLM2))
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    if len(tokenizer) <= vocabulary:
+        for file in folder.glob("*token*"):
+            file.unlink()
+        tokenizer.save_pretrained(folder)
+    return folder

@@ -27,7 +27,8 @@ def found(bench: Bench, tmp_path, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     steps = 2 if bench.tiny else bench.config.getoption("--steps")
     mbpp = bench.config.getoption("--mbpp")
-    job = contestants.make_job(tmp_path, steps, mbpp and mbpp.resolve(), bench.tiny)
+    model = "shape:tiny" if bench.tiny else contestants.SMOLLM2
+    job = contestants.make_job(tmp_path, steps, mbpp and mbpp.resolve(), model)
     runs: dict[str, contestants.Run | Missing] = {}
     for setup in contest.fast_setups():
         if bench.tiny:

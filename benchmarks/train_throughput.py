@@ -1,11 +1,11 @@
 """Tokens per second, memory and losses of whole training runs: FLeX against peers, each as fast as its options allow.
 
-    python benchmarks/train_throughput.py --mbpp mbpp.jsonl
+    python benchmarks/train_throughput.py --mbpp mbpp.jsonl [--model shape:llama-1b]
 
-SmolLM2-135M with a bf16 base, LoRA rank 8 on gate/up/down with dropout 0.05, 16 examples a step, the same in each
-step on all sides (`contestants.py`). Each contestant is tried in several set-ups; the fastest of each side then run
-`--rounds` times more, in turns. A step's time is wall time from the end of the step before, so data, logging and the
-optimizer count. The first step warms up and does not.
+SmolLM2-135M (or a shape with its tokenizer) with a bf16 base, LoRA rank 8 on gate/up/down with dropout 0.05, 16
+examples a step, the same in each step on all sides (`contestants.py`). Each contestant is tried in several set-ups;
+the fastest of each side then run `--rounds` times more, in turns. A step's time is wall time from the end of the step
+before, so data, logging and the optimizer count. The first step warms up and does not.
 
 Numerics: fp32 adapters over a bf16 base, in the hand-written loop also bf16 adapters with fp32 copies, which rounds
 as FLeX does. bf16 adapters alone are faster with other numbers (small updates round away): shown, not competing.
@@ -27,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).par
 
 from contestants import (  # noqa: E402
     LOSS_LIMIT,
+    SMOLLM2,
     Job,
     Run,
     Setup,
@@ -190,6 +191,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mbpp", type=Path, metavar="FILE", help="none: the built-in tasks")
+    parser.add_argument("--model", default=SMOLLM2, help="smollm2-135m, or shape:llama-1b")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps (5)")
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="of the fastest (2)")
     parser.add_argument("--trl-python", metavar="FILE", help="a Python that has TRL")
@@ -203,8 +205,9 @@ def main() -> int:
     mbpp = args.mbpp.resolve() if args.mbpp else None
     found: list[Run] = []
     with tempfile.TemporaryDirectory() as folder:
-        job = make_job(Path(folder), args.steps, mbpp, python=args.trl_python)
-        print(f"data: {' '.join(job.data)}; {args.steps} timed steps\n{HEADER}", flush=True)
+        job = make_job(Path(folder), args.steps, mbpp, args.model, args.trl_python)
+        what = f"{args.model}; data: {' '.join(job.data)}"
+        print(f"{what}; {args.steps} timed steps\n{HEADER}", flush=True)
         for run in search(job, args.rounds, setups):
             if isinstance(run, Run):
                 found.append(run)
