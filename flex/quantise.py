@@ -180,8 +180,8 @@ def _card(cfg: RunConfig, positions: int, matrices: int) -> str:
             "# A base model in NF4, rounded on data",
             "",
             f"- made from `{base}` by `python -m flex quantise`",
-            f"- {matrices} matrices, codes chosen as GPTQ does (arXiv 2210.17323) on {positions:,} positions of "
-            f"the training split of `{cfg.data.name}`",
+            f"- {matrices} matrices, codes chosen as GPTQ does (arXiv 2210.17323), aimed at the dense model's outputs "
+            f"(GPTAQ, arXiv 2504.02692), on {positions:,} positions of the training split of `{cfg.data.name}`",
             f"- scales {'in 8 bits' if cfg.model.double_quant else 'in fp32'}; the other weights in "
             f"{cfg.model.dtype}",
             "- files: bitsandbytes' own 4-bit format; nothing of FLeX is needed to load it",
