@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "flex/recipes/mbpp-smollm2.yaml"
-SMOLLM2 = "smollm2-135m"
+SMOLLM2, SMOLLM2_VOCABULARY = "smollm2-135m", 49_152
 BATCH = 16  # examples a step
 LR = "1e-3"  # as peer_common.LR
 SAME_UPDATE = (
@@ -244,10 +244,8 @@ def write_model(folder: Path, shape: str) -> Path:
     from flex.model.shapes import write_shape
 
     write_shape(shape.removeprefix("shape:"), folder)
-    tokenizer = load_tokenizer(ModelConfig(name=SMOLLM2))
-    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    if len(tokenizer) <= vocabulary:
+    if json.loads((folder / "config.json").read_text())["vocab_size"] >= SMOLLM2_VOCABULARY:
         for file in folder.glob("*token*"):
             file.unlink()
-        tokenizer.save_pretrained(folder)
+        load_tokenizer(ModelConfig(name=SMOLLM2)).save_pretrained(folder)
     return folder

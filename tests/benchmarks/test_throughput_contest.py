@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import contestants
@@ -77,6 +78,33 @@ def test_the_fast_set_has_one_competing_set_up_of_each_side():
     assert sorted(s.side for s in setups) == sorted(contest.TITLES)
     assert all(s.competes for s in setups)
     assert all(s.rows * s.processes * s.accumulation == contestants.BATCH for s in contest.SETUPS)
+
+
+def test_a_job_of_a_shape(tmp_path):
+    """A folder that every side can load, and FLeX's examples in FLeX's order, longest first within a step."""
+    job = contestants.make_job(tmp_path, 1, None, "shape:tiny")
+    model = AutoModelForCausalLM.from_pretrained(job.model)
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    assert len(tokenizer) <= model.config.vocab_size == 384
+    rows = [json.loads(line) for line in job.examples.read_text().splitlines()]
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert len(rows) == 2 * contestants.BATCH
+    for step in (lengths[: contestants.BATCH], lengths[contestants.BATCH :]):
+        assert step == sorted(step, reverse=True) and len(set(step)) > 1
+    for row in rows:
+        told = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label >= 0]
+        assert told == [label for label in row["labels"] if label >= 0] and told
+
+
+def test_a_shape_of_smollm2s_vocabulary_has_its_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(contestants, "SMOLLM2", "shape:small")  # no network in a test
+    monkeypatch.setattr(contestants, "SMOLLM2_VOCABULARY", 384)
+    contexts = {"tiny": 1024, "small": 2048}
+    folder = contestants.write_model(tmp_path / "large", "shape:tiny")
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == contexts["small"]
+    monkeypatch.setattr(contestants, "SMOLLM2_VOCABULARY", 385)
+    folder = contestants.write_model(tmp_path / "less", "shape:tiny")
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == contexts["tiny"]
 
 
 def test_fits_find_the_exponent():
