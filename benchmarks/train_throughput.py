@@ -160,9 +160,10 @@ def verdict(found: Sequence[Run]) -> str:
     return "\n".join([*lines, *(f"{s}: no comparable run" for s in TITLES if s not in best)])
 
 
-def record(found: Sequence[Run], job: Job) -> str:
+def record(found: Sequence[Run], job: Job, model: str) -> str:
     """What is kept of a contest, as JSON."""
     kept = {
+        "model": model,
         "ratios": {side: {"speed": s, "memory": m} for side, (s, m) in ratios(found).items()},
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "data": job.data,
@@ -213,7 +214,7 @@ def main() -> int:
                 found.append(run)
             print(table_row(run, found) if isinstance(run, Run) else run, flush=True)
             if args.out and found:
-                args.out.write_text(record(found, job))
+                args.out.write_text(record(found, job, args.model))
     print(f"losses: largest difference from FLeX's, of a step\n\n{verdict(found)}")
     return 0
 

@@ -11,7 +11,7 @@ import copy
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .errors import ModelError
 from .meters import format_duration
-from .model.nf4 import BLOCK, DAMPING, NotPositive
+from .model.nf4 import BLOCK, DAMPING, NotPositive, shift_matrix
 from .model.nf4_store import Rounded, read_back, round_matrix
 from .model.places import Quantised
 from .state import Batch
@@ -67,16 +67,20 @@ class Recorded:
     dense: Tensor  # of the dense ones
     real: Tensor  # (rows, T) bool
     calls: list[Call]
+    dense_calls: list[Call]
 
-    def through(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """What the next layer makes of hidden states."""
-        return self.calls[0](layer, hidden)
+    def through(self, layer: nn.Module) -> Tensor:
+        """What the next layer makes of the hidden states."""
+        return self.calls[0](layer, self.hidden)
+
+    def through_dense(self, reference: nn.Module) -> Tensor:
+        """What the next layer's dense copy makes of the dense hidden states."""
+        return self.dense_calls[0](reference, self.dense)
 
     def advance(self, layer: nn.Module, reference: nn.Module) -> None:
-        """Both go through the next layer, `reference` being its dense copy."""
-        self.hidden = self.through(layer, self.hidden)
-        self.dense = self.through(reference, self.dense)
-        del self.calls[0]
+        """Both go through the next layer."""
+        self.hidden, self.dense = self.through(layer), self.through_dense(reference)
+        del self.calls[0], self.dense_calls[0]
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -187,27 +191,35 @@ def _round_layer(
     rounded: dict[str, Rounded] = {}
     for group, once in _groups(layer, names, on_the_way[0]):
         hessian, drift = _sums(layer, reference, group[0], on_the_way, once)
+        if not bool(hessian.isfinite().all() and drift.isfinite().all()):
+            raise ModelError(
+                f"the inputs of {inside}{group[0]} are not finite",
+                "the layer cannot be calibrated, and the model overflows on this data",
+                "use model.dtype=bfloat16 or float32",
+            )
+        shift = None
+        with suppress(NotPositive):  # `_round` says so, of each matrix
+            shift = shift_matrix(hessian, drift)
         for name in group:
-            rounded[name] = _round(layer, name, hessian, drift, place, inside)
+            rounded[name] = _round(layer, name, hessian, shift, place, inside)
     return rounded
 
 
 def _round(
-    layer: nn.Module, name: str, hessian: Tensor, drift: Tensor, place: Quantised, inside: str
+    layer: nn.Module,
+    name: str,
+    hessian: Tensor,
+    shift: Tensor | None,
+    place: Quantised,
+    inside: str,
 ) -> Rounded:
     linear = cast(nn.Linear, layer.get_submodule(name))
     found = None
-    if not bool(hessian.isfinite().all() and drift.isfinite().all()):
-        raise ModelError(
-            f"the inputs of {inside}{name} are not finite",
-            "the layer cannot be calibrated, and the model overflows on this data",
-            "use model.dtype=bfloat16 or float32",
-        )
     if not bool(hessian.diagonal().any()):
         log.warning("%s%s reads nothing but zeros of the data: rounded to nearest", inside, name)
     else:
         try:
-            found = round_matrix(linear.weight, hessian, place.double_quant, place.dtype, drift)
+            found = round_matrix(linear.weight, hessian, place.double_quant, place.dtype, shift)
         except NotPositive as error:
             log.warning("%s%s: %s: rounded to nearest", inside, name, error)
     if found is None:
@@ -236,7 +248,7 @@ def _groups(
         order.append((x, [name]))
 
     with _watching(layer, names, note):
-        batch.through(layer, batch.hidden)
+        batch.through(layer)
     found = [(group, calls[group[0]] == 1) for _, group in order]
     return found + [([name], False) for name in names if name not in calls]
 
@@ -246,8 +258,8 @@ def _sums(
 ) -> tuple[Tensor, Tensor]:
     """H = X^T X and D = (Z - X)^T X over all real positions: products in fp32, summed in fp64.
 
-    X is what the linear layer reads, Z what it reads in the dense model. Where its inputs are not the positions (an
-    expert's, say), the rows of X and Z need not be the same positions, and D is 0.
+    X is what the linear layer reads, Z what it reads in the dense model. Where it is called more than once, or its
+    inputs are not the positions (an expert's, say), the rows of X and Z need not belong together, and D is 0.
 
     Args:
         reference: the decoder layer's dense copy.
@@ -258,31 +270,35 @@ def _sums(
     hessian = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
     drift = torch.zeros_like(hessian)
     for batch in on_the_way:
-        rounded = _inputs(layer, name, batch, batch.hidden, once)
-        dense = _inputs(reference, name, batch, batch.dense, once)
-        for x in rounded:
+        rounded = _inputs(layer, name, batch.real, once, batch.through)
+        dense = _inputs(reference, name, batch.real, once, batch.through_dense)
+        for x, _ in rounded:
             hessian += (x.t() @ x).double()
-        if len(rounded) == len(dense) == 1 and len(dense[0]) == int(batch.real.sum()):
-            drift += ((dense[0] - rounded[0]).t() @ rounded[0]).double()
+        if len(rounded) == len(dense) == 1:
+            (x, of_positions), (z, of_positions_too) = rounded[0], dense[0]
+            if of_positions and of_positions_too:
+                drift += ((z - x).t() @ x).double()
     return hessian, drift
 
 
 def _inputs(
-    layer: nn.Module, name: str, batch: Recorded, hidden: Tensor, once: bool
-) -> list[Tensor]:
-    """What each call of a linear layer reads, (positions, K) fp32, without padding."""
-    found: list[Tensor] = []
+    layer: nn.Module, name: str, real: Tensor, once: bool, run: Callable[[nn.Module], object]
+) -> list[tuple[Tensor, bool]]:
+    """What each call of a linear layer reads in a run of the decoder layer: rows (n, K) fp32, and whether they are
+    the real positions, without padding."""
+    found: list[tuple[Tensor, bool]] = []
 
     def note(_: str, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) == batch.real.numel():  # else they are not the positions
-            rows = rows[batch.real.flatten()]
-        found.append(rows.float())
+        of_positions = len(rows) == real.numel()
+        if of_positions:
+            rows = rows[real.flatten()]
+        found.append((rows.float(), of_positions))
         if once:
             raise _Enough
 
     with _watching(layer, [name], note), suppress(_Enough):
-        batch.through(layer, hidden)
+        run(layer)
     return found
 
 
@@ -363,9 +379,32 @@ def _record(
                 "calibration goes through all of them, once each",
                 _INSTEAD,
             )
-        found.append(Recorded(seen.first, seen.first, _real(batch, seen.first), calls))
         alike = all(call.same(calls[0]) for call in calls)
+        streams = _with_own_mappings(calls), _with_own_mappings(calls)
+        found.append(Recorded(seen.first, seen.first, _real(batch, seen.first), *streams))
     return found
+
+
+def _with_own_mappings(calls: Sequence[Call]) -> list[Call]:
+    """The calls with each mutable mapping replaced by one copy: some models let a layer leave keys and values there
+    for later ones, and the two streams must not meet in it."""
+    copies: dict[int, Any] = {}
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, MutableMapping):
+            return value
+        if id(value) not in copies:
+            copies[id(value)] = copy.copy(value)
+        return copies[id(value)]
+
+    return [
+        Call(
+            tuple(own(v) for v in call.args),
+            {key: own(v) for key, v in call.kwargs.items()},
+            call.positional,
+        )
+        for call in calls
+    ]
 
 
 def _real(batch: Batch, hidden: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import shlex
@@ -24,7 +25,8 @@ FLAGS = (
 )
 COMPILERS = ("cc", "gcc", "clang")
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-ELEMENTS_PER_THREAD = 250_000  # a thread costs 50 us to start, as much as this many elements take
+# A new thread costs 50 to 100 us, torch's 5 to 30: as much as some 100,000 elements take.
+ELEMENTS_PER_THREAD = 250_000
 
 
 def compile_c(name: str, source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
@@ -82,28 +84,73 @@ def compile_or_warn(
 def in_shares(work: Callable[[int, int], None], total: int, elements: int) -> None:
     """work(begin, end) over [0, total), in equal shares for torch's number of threads.
 
-    Not OpenMP: a second copy of its runtime beside torch's would spin against it.
+    They are torch's own threads where its OpenMP runtime is GNU's: awake already, where threads of ours would run
+    against them while they spin in wait for torch's next operation. Else new ones. Like torch's own operations, it
+    hangs in a child that was forked after the first use.
 
     Args:
         elements: how many there are in all; a thread gets at least ELEMENTS_PER_THREAD.
 
     Raises: what `work` raises, once all shares have ended.
     """
+    threads = torch.get_num_threads()
+    shares = max(1, min(threads, total, elements // ELEMENTS_PER_THREAD))
+    if shares == 1:
+        work(0, total)
+        return
+    spans = [(total * i // shares, total * (i + 1) // shares) for i in range(shares)]
+    left = set(range(shares))
     failures: list[BaseException] = []
 
-    def attempt(begin: int, end: int) -> None:
+    def attempt(index: int) -> None:
         try:
-            work(begin, end)
+            left.discard(index)
+            work(*spans[index])
         except BaseException as error:
             failures.append(error)
 
-    shares = max(1, min(torch.get_num_threads(), total, elements // ELEMENTS_PER_THREAD))
-    spans = [(total * i // shares, total * (i + 1) // shares) for i in range(shares)]
-    threads = [threading.Thread(target=attempt, args=span) for span in spans[1:]]
-    for thread in threads:
-        thread.start()
-    attempt(*spans[0])
-    for thread in threads:
-        thread.join()
+    (_by_new_threads if _openmp() is None else _by_team)(attempt, shares, threads)
     if failures:
         raise failures[0]
+    if left:  # ctypes drops what a signal's handler raises before a callback's first line
+        raise KeyboardInterrupt
+
+
+def _by_new_threads(attempt: Callable[[int], None], shares: int, _: int) -> None:
+    threads = [threading.Thread(target=attempt, args=(i,)) for i in range(1, shares)]
+    for thread in threads:
+        thread.start()
+    attempt(0)
+    for thread in threads:
+        thread.join()
+
+
+def _by_team(attempt: Callable[[int], None], shares: int, threads: int) -> None:
+    """In one parallel region of as many threads as torch's have, so that the team stays as it is."""
+    openmp = _openmp()
+    assert openmp is not None
+
+    def body(_: int | None) -> None:
+        # a region within another one has a team of one
+        for index in range(openmp.omp_get_thread_num(), shares, openmp.omp_get_num_threads()):
+            attempt(index)
+
+    openmp.GOMP_parallel(_REGION(body), None, threads, 0)
+
+
+_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch runs on, by the names that GNU's has; None if it has others."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        # Names are searched in the library and in what it was linked to: never a second runtime.
+        found = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        found.GOMP_parallel.argtypes = (_REGION, POINTER, ctypes.c_uint, ctypes.c_uint)
+        found.GOMP_parallel.restype = None
+        found.omp_get_thread_num, found.omp_get_num_threads  # noqa: B018
+    except (OSError, AttributeError):
+        return None
+    return found if torch.backends.openmp.is_available() else None

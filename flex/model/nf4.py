@@ -17,7 +17,7 @@ still Z W^T (the aim of GPTAQ, Li et al. 2025, arXiv 2504.02692), and
 
     |Z W^T - X Q^T|^2 = |X (W' - Q)^T|^2 + what no Q changes,    W' = W + W D H^-1,    D = (Z - X)^T X
 
-so it is W' that is rounded (`target_matrix`).
+so it is W' that is rounded; D H^-1 is `shift_matrix`, one for all matrices that read X.
 
 Shapes: W (N, K); H and D (K, K); scales (ceil(N K / 64),), the blocks running over W's rows as bitsandbytes has them,
 so that one may begin in a row and end in the next.
@@ -156,21 +156,18 @@ def calibrated_codes(weight: Tensor, scales: Tensor, hessian: Tensor) -> tuple[T
     return found.t().contiguous(), damping
 
 
-def target_matrix(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
-    """W' (N, K), in the weight's dtype: of all matrices, the one whose outputs are nearest to the dense model's.
+def shift_matrix(hessian: Tensor, drift: Tensor) -> Tensor:
+    """D H^-1 (K, K) fp64: W + W D H^-1 is, of all matrices, the one whose outputs are nearest to the dense model's.
 
-    Damped as the rounding is, so that it stays near W where the data say little.
+    Damped as the rounding is, so that it moves W little where the data say little.
 
     Args:
-        weight: (N, K), fp32 or fp64.
-        hessian: (K, K), fp64.
-        drift: D (K, K), fp64.
+        hessian, drift: H and D (K, K), fp64.
 
     Raises NotPositive: see `inverse_factor`.
     """
     factor, _ = inverse_factor(hessian)
-    wide = weight.to(hessian.dtype)
-    return (wide + wide @ drift @ factor.t() @ factor).to(weight.dtype)
+    return drift @ factor.t() @ factor
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:

@@ -71,7 +71,7 @@ def round_matrix(
     hessian: Tensor | None,
     double_quant: bool,
     dtype: torch.dtype,
-    drift: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Rounded:
     """Round a matrix (N, K) so that its outputs change least.
 
@@ -81,7 +81,7 @@ def round_matrix(
         double_quant: store the scales in 8 bits too. The codes are chosen by the scales as stored, so that they make
             up for that rounding as well.
         dtype: what bitsandbytes is to dequantise to.
-        drift: (K, K) fp64, D of `flex.model.nf4`: the outputs are to be those of the dense model, whose inputs are
+        shift: (K, K) fp64, `nf4.shift_matrix`: the outputs are to be those of the dense model, whose inputs are
             others. None: the inputs are the dense model's.
 
     Raises:
@@ -93,8 +93,8 @@ def round_matrix(
     error, damping = None, nf4.DAMPING
     if hessian is not None:
         nearest = nf4.decode(codes, nf4.spread(scales.read, shape))
-        if drift is not None:
-            wide = nf4.target_matrix(wide, hessian, drift)
+        if shift is not None:
+            wide = (wide + wide.to(shift.dtype) @ shift).float()
         chosen = nf4.search_scales(wide, nf4.damped(hessian).diagonal())
         scales = store_scales(chosen, double_quant)
         codes, damping = nf4.calibrated_codes(wide, scales.read, hessian)

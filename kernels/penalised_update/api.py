@@ -58,8 +58,8 @@ def penalised_update(
     where one factor scales both; where the factor is 1, the three give the same.
 
     The Triton path is one launch per length of the feature axis, role and mix of dtypes, and two
-    that sum: 24 bytes per fp32 parameter and 4 for a start. Vectors over 8192 padded points that
-    have a start are read once more, mostly from the cache.
+    that sum: 24 bytes per fp32 parameter and 4 for a start. Vectors in eight blocks (13824, 14336)
+    that have a start are read once more, mostly from the cache.
 
     Args:
         groups: matrices, (r, K) for role "A", (N, r) for "B", and their scalars. Under Triton p, m,
@@ -70,7 +70,7 @@ def penalised_update(
             changes; values and squares are still right.
         impl: "auto" | "torch" | "triton". torch takes the two existing passes. "auto" is Triton on
             a GPU for `axis` and the two passes for the rest: other transforms, fp64, lengths that
-            do not factor.
+            do not factor or that spill on the GPU (spectral_penalty/chips.py).
 
     Raises:
         ValueError: lists or shapes that do not match, a wrong role or impl, eps not positive; for

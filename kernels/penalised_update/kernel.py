@@ -3,7 +3,7 @@
 Blocks as in spectral_penalty/kernel.py: one program takes two feature vectors of a matrix (split 1)
 or one, transforms them in registers, and updates them where they lie: 24 bytes per fp32 parameter
 and 4 for a start. m, h and g are loaded after the transform, so that each waits in registers for
-nobody. p is kept through the transform; but for a long vector with a start (`holds`), which is read
+nobody. p is kept through the transform; but for a vector in eight blocks with a start (`holds`), which is read
 again, 4 bytes per parameter that were in this program's cache some microseconds before.
 
 The table of a launch, (matrices, COLUMNS) int64: addresses of p, m, h, g; the first program;

@@ -88,8 +88,8 @@ def spectral_penalty_into(
         roles: "A" or "B" of each.
         starts: w0 of each, or None for 0.
         impl: "auto" | "torch" | "triton". "auto" is Triton on a GPU for `axis` and torch for the
-            rest: other transforms, fp64, lengths that do not factor (or that a hard edge makes too
-            long for the kernel's full precision).
+            rest: other transforms, fp64, lengths that do not factor or that are too long for the
+            GPU's registers (chips.py; a hard edge takes full precision, and more of them).
 
     Returns:
         (2, M): values of weight * P, and squares |weight * grad P|^2 before a gradient's dtype

@@ -1,8 +1,9 @@
 """How much of a transform a kind of GPU holds in registers without a spill.
 
 Found by compiling (`make kernels-report` is the proof); no GPU was there to time any of it. The tensor cores of sm_90
-and sm_100 read both operands from shared memory. Those of sm_80, sm_86, sm_89 and sm_120 take them from registers,
-where a core of 64 x 64 would spill thousands of times. A wavefront of gfx942 has 64 lanes of 512 registers.
+and sm_100 read both operands from shared memory. Those of sm_80 take them from registers, where a core of 64 x 64 would
+spill thousands of times; sm_86, sm_89 and sm_120 do the same, and what the report compiles for sm_80 compiled without
+spills for them too when it was tried. A wavefront of gfx942 has 64 lanes of 512 registers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Chip:
     """Bounds of `tables.plan`; points are padded ones.
 
     Attributes:
-        name: the targets that it was found on.
+        name: the targets that it stands for.
         core: points of a core, by precision.
         row: points of all blocks of a row: they wait in registers for their turn.
         row_update: points of a row that `penalised_update` takes, by precision; 0 for none.
@@ -52,7 +53,7 @@ HOPPER = Chip(
     num_warps=8,
 )
 AMPERE = Chip(
-    name="sm_80",
+    name="sm_80, sm_86, sm_89 and sm_120",
     core=_by_precision(32 * 32, 32 * 16),
     row=8192,
     row_update=_by_precision(4096, 0),
@@ -70,7 +71,7 @@ CDNA3 = Chip(
     num_warps=4,
 )
 UNKNOWN = Chip(
-    name="this GPU",
+    name="a GPU that nothing was compiled for",
     core=_by_precision(0, 0),
     row=0,
     row_update=_by_precision(0, 0),

@@ -218,7 +218,7 @@ def add_circulant(
     """
     run, (p, q) = library(), factors(length) or (0, 0)
     assert run is not None and p
-    # No torch function here may wake torch's threads: they spin for milliseconds, on the cores that C needs.
+    # Without GNU's OpenMP no torch function here may wake torch's threads: they would spin on the cores that C needs.
     tables = (*_tables(p, q), _sigma(spectrum, p, q, factor))
     plan = _Plan(p, q, *(t.data_ptr() for t in tables))
     count = len(lines.owner)

@@ -33,7 +33,7 @@ def plans() -> Iterator[tuple[str, str, Plan]]:
     for chip, length, (label, precision) in product(TARGETS, LENGTHS, PRECISIONS.items()):
         with suppress(ValueError):  # too long for the chip in this precision
             spec = plan(length, precision, chip)
-            yield label, "" if chip is HOPPER else f"-{chip.name}", spec
+            yield label, "" if chip is HOPPER else f"-{TARGETS[chip][0]}", spec
 
 
 def _config(name: str, spec: Plan, start: object) -> Shipped:

@@ -111,6 +111,8 @@ def plan(length: int, precision: str, chip: Chip = HOPPER, split: int | None = N
         if found:
             *_, q1, q2 = min(found)
             return Plan(length, blocks, q1, q2, precision, chip)
+    if chip.row == 0:
+        raise ValueError(f"the Triton kernel does not run on {chip.name}; use impl='torch'")
     raise ValueError(
         f"the feature axis has {length} elements; the Triton kernel takes s * q1 * q2 with s one of "
         f"{', '.join(map(str, SPLITS))} and q1, q2 at most {LARGEST} (on {chip.name} in {precision} padded "

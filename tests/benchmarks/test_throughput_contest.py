@@ -64,8 +64,12 @@ def test_ratios_are_of_all_runs_of_the_fastest_of_each_side():
     words = contest.verdict(found)
     assert f"{speed:.2f} x the tokens" in words and "trl: no comparable run" in words
     job = contestants.Job("m", Path("x"), ("data.name=builtin",), 2)
-    kept = json.loads(contest.record(found, job))
-    assert kept["runs"][1]["peak_bytes"] == 10 and kept["ratios"]["trainer"]["memory"] == 0.6
+    kept = json.loads(contest.record(found, job, "shape:m"))
+    assert (
+        kept["model"] == "shape:m"
+        and kept["runs"][1]["peak_bytes"] == 10
+        and kept["ratios"]["trainer"]["memory"] == 0.6
+    )
 
 
 def test_nothing_is_said_without_a_run_of_ours():

@@ -94,13 +94,13 @@ def check_target(module):
     """The ridge regression of the dense model's outputs on X, drawn to W instead of to 0."""
     rounded, dense = drifted()
     hessian, drift = rounded.t() @ rounded, (dense - rounded).t() @ rounded
-    found = module.target_matrix(WEIGHT, hessian, drift)
+    found = WEIGHT + WEIGHT @ module.shift_matrix(hessian, drift)
     pull = (0.01 * hessian.diagonal().mean()).sqrt() * torch.eye(COLUMNS, dtype=torch.float64)
     expected = torch.linalg.lstsq(
         torch.cat([rounded, pull]), torch.cat([dense @ WEIGHT.t(), pull @ WEIGHT.t()])
     ).solution.t()
     assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    assert torch.equal(module.target_matrix(WEIGHT, hessian, 0 * drift), WEIGHT)
+    assert not module.shift_matrix(hessian, 0 * drift).any()
 
 
 # ---- the mathematics ----
@@ -110,12 +110,12 @@ def test_the_target_is_a_regression_on_the_dense_models_outputs():
     check_target(nf4)
 
 
-def test_outputs_are_nearer_to_the_dense_models_with_drift_than_without():
+def test_outputs_are_nearer_to_the_dense_models_shifted_than_without():
     rounded, dense = drifted(1000)
     weight = case(48)[0]
     hessian, drift = rounded.t() @ rounded, (dense - rounded).t() @ rounded
     errors = []
-    for given in (drift, None):
+    for given in (nf4.shift_matrix(hessian, drift), None):
         found = nf4_store.round_matrix(weight, hessian, True, torch.float32, given)
         matrix = nf4_store.read_back(found.packed, found.state).double()
         errors.append(float((dense @ weight.t() - rounded @ matrix.t()).square().sum()))
@@ -214,15 +214,15 @@ def check_store(module):
         assert torch.equal(module.read_back(found.packed, found.state), meant)
         chosen = nf4.search_scales(wide, nf4.damped(hessian).diagonal())
         assert (absmax - chosen).abs().max() <= 0.02 * chosen.abs().max()
-    drift = 0.1 * case(7, 51, seed=3)[1]
-    with_drift = module.round_matrix(weight, hessian, False, torch.float32, drift)
-    target = nf4.target_matrix(wide, hessian, drift)
-    assert_close(with_drift.state.absmax, nf4.search_scales(target, nf4.damped(hessian).diagonal()))
+    shift = nf4.shift_matrix(hessian, 0.1 * case(7, 51, seed=3)[1])
+    shifted = module.round_matrix(weight, hessian, False, torch.float32, shift)
+    target = (wide + wide.double() @ shift).float()
+    assert_close(shifted.state.absmax, nf4.search_scales(target, nf4.damped(hessian).diagonal()))
     nearest = module.round_nearest(wide, False)[0]
     near = nf4.decode(nearest, nf4.spread(nf4.block_maxima(wide), wide.shape))
-    found = module.read_back(with_drift.packed, with_drift.state)
+    found = module.read_back(shifted.packed, shifted.state)
     errors = [nf4.output_error(matrix - target, hessian) for matrix in (found, near)]
-    assert with_drift.error == pytest.approx(errors[0] / errors[1], rel=1e-5)
+    assert shifted.error == pytest.approx(errors[0] / errors[1], rel=1e-5)
 
 
 def test_bitsandbytes_reads_the_matrix_that_was_meant():
@@ -281,14 +281,15 @@ SEARCH = {
     ),
 }
 TARGET = {
-    "the drift is transposed": ("wide @ drift @", "wide @ drift.t() @"),
-    "H is not inverted": ("@ factor.t() @ factor)", "@ hessian)"),
-    "the weight is left out": ("(wide + wide @ drift", "(wide @ drift"),
+    "the drift is transposed": ("return drift @", "return drift.t() @"),
+    "H is not inverted": ("@ factor.t() @ factor", "@ hessian"),
+    "its factor is transposed": ("@ factor.t() @ factor", "@ factor @ factor.t()"),
 }
 STORE = {
-    "the weight is rounded, not the target": (
-        "wide = nf4.target_matrix(wide, hessian, drift)",
-        "nf4.target_matrix(wide, hessian, drift)",
+    "the weight is rounded, not the target": ("if shift is not None", "if False"),
+    "the weight is left out": (
+        "(wide + wide.to(shift.dtype) @ shift)",
+        "(wide.to(shift.dtype) @ shift)",
     ),
     "scales before they are stored": (
         "nf4.calibrated_codes(wide, scales.read, hessian)",
