@@ -318,7 +318,9 @@ class Item:
 
 def fits(spec: Plan) -> bool:
     """Whether a program holds p, or reads it again, beside the transform without a spill."""
-    return spec.row_points <= spec.chip.row_update[spec.precision]
+    padded = spec.row_points != spec.length
+    within = spec.row_points <= spec.chip.row_update[spec.precision]
+    return within and (spec.chip.pads_update or not padded)
 
 
 def holds(spec: Plan, start: bool) -> bool:

@@ -25,6 +25,7 @@ class Chip:
         core: points of a core, by precision.
         row: points of all blocks of a row: they wait in registers for their turn.
         row_update: points of a row that `penalised_update` takes, by precision; 0 for none.
+        pads_update: whether some of those may be padding, whose masks take registers.
         full_rows: the most rows of a 64 x 64 core that fills a row of `row` points: padding takes no registers.
         always_apart: classes never share registers (core.py); elsewhere only where they must not.
         num_warps: of a program, 256 threads.
@@ -34,6 +35,7 @@ class Chip:
     core: Mapping[str, int]
     row: int
     row_update: Mapping[str, int]
+    pads_update: bool
     full_rows: int
     always_apart: bool
     num_warps: int
@@ -48,6 +50,7 @@ HOPPER = Chip(
     core=_by_precision(64 * 64, 32 * 32),
     row=16384,
     row_update=_by_precision(16384, 16384),
+    pads_update=True,
     full_rows=48,
     always_apart=False,
     num_warps=8,
@@ -57,6 +60,7 @@ AMPERE = Chip(
     core=_by_precision(32 * 32, 32 * 16),
     row=8192,
     row_update=_by_precision(4096, 0),
+    pads_update=False,
     full_rows=0,
     always_apart=True,
     num_warps=8,
@@ -66,6 +70,7 @@ CDNA3 = Chip(
     core=_by_precision(64 * 64, 32 * 32),
     row=16384,
     row_update=_by_precision(4096, 4096),
+    pads_update=False,
     full_rows=0,
     always_apart=False,
     num_warps=4,
@@ -75,6 +80,7 @@ UNKNOWN = Chip(
     core=_by_precision(0, 0),
     row=0,
     row_update=_by_precision(0, 0),
+    pads_update=False,
     full_rows=0,
     always_apart=True,
     num_warps=8,

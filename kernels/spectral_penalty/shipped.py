@@ -13,7 +13,7 @@ from . import kernel
 from .chips import AMPERE, CDNA3, HOPPER
 from .tables import Plan, plan
 
-LENGTHS = (4096, 5120, 8192, 11008, 13824, 14336)
+LENGTHS = (3584, 4096, 5120, 8192, 8960, 11008, 13824, 14336)
 PRECISIONS = {"ramp": "tf32", "edge": "tf32x3"}
 # What each chip was found on; a name says the target where it is not Hopper's.
 TARGETS = {HOPPER: ("sm_90", "sm_100"), AMPERE: ("sm_80",), CDNA3: ("gfx942",)}

@@ -286,7 +286,8 @@ def test_refusals():
 def test_what_spills_on_a_chip_is_refused(monkeypatch):
     """What the kernels report found, not a property of the length."""
     monkeypatch.setattr(api, "chip_of", lambda device: chips.AMPERE)
-    for roles, shape, spectrum in (("A", (1, 5120), AXIS), ("B", (4096, 1), EDGE)):
+    refused = (("A", (1, 5120), AXIS), ("B", (4096, 1), EDGE), ("A", (1, 3584), AXIS))
+    for roles, shape, spectrum in refused:
         group = make_group([shape])
         with pytest.raises(ValueError, match=r"sm_80.* in tf32.*spill.*impl='torch'"):
             penalised_update([group], spectrum, roles, WEIGHT, impl="triton")
