@@ -1,8 +1,8 @@
 """The walk over a model's decoder layers that rounds each to NF4 on what the rounded ones before it make of the data.
 
 What each is to give is what the dense model's gives, so the data go along twice, through the layers rounded so far and
-through the dense ones. One pass of the dense model records what each layer is called with; from then on only the
-activations between two layers (twice), one layer's dense copy and two (K, K) sums are held beside the model.
+through the dense ones (`calibration_data`). Beside the model only these activations between two layers, one layer's
+dense copy and two (K, K) sums are held.
 """
 
 from __future__ import annotations
@@ -11,76 +11,23 @@ import copy
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .calibration_data import INSTEAD, Enough, Recorded, Stream, record
 from .errors import ModelError
 from .meters import format_duration
 from .model.nf4 import BLOCK, DAMPING, NotPositive, shift_matrix
 from .model.nf4_store import Rounded, read_back, round_matrix
 from .model.places import Quantised
 from .state import Batch
-from .step import forward_at
 
 log = logging.getLogger("flex.calibrate")
-
-_INSTEAD = "use model.quantise=nf4 (nearest rounding) for this model"
-
-
-class _Enough(Exception):
-    """The layer has been followed as far as was asked."""
-
-
-@dataclass
-class Call:
-    """One decoder layer's call for one batch, but for its hidden states."""
-
-    args: tuple[Any, ...]  # without the first, if that is where the hidden states were
-    kwargs: dict[str, Any]  # without hidden_states
-    positional: bool
-
-    def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        if self.positional:
-            return _hidden_of(layer(hidden, *self.args, **self.kwargs))
-        return _hidden_of(layer(*self.args, hidden_states=hidden, **self.kwargs))
-
-    def same(self, other: Call) -> bool:
-        """Whether both calls have the very same arguments."""
-        if len(self.args) != len(other.args) or self.kwargs.keys() != other.kwargs.keys():
-            return False
-        pairs = [*zip(self.args, other.args, strict=True)]
-        pairs += [(value, other.kwargs[key]) for key, value in self.kwargs.items()]
-        return all(a is b for a, b in pairs)
-
-
-@dataclass
-class Recorded:
-    """A batch on its way: its hidden states, which of its positions are real, and the calls of the layers to come."""
-
-    hidden: Tensor  # of the rounded layers
-    dense: Tensor  # of the dense ones
-    real: Tensor  # (rows, T) bool
-    calls: list[Call]
-    dense_calls: list[Call]
-
-    def through(self, layer: nn.Module) -> Tensor:
-        """What the next layer makes of the hidden states."""
-        return self.calls[0](layer, self.hidden)
-
-    def through_dense(self, reference: nn.Module) -> Tensor:
-        """What the next layer's dense copy makes of the dense hidden states."""
-        return self.dense_calls[0](reference, self.dense)
-
-    def advance(self, layer: nn.Module, reference: nn.Module) -> None:
-        """Both go through the next layer."""
-        self.hidden, self.dense = self.through(layer), self.through_dense(reference)
-        del self.calls[0], self.dense_calls[0]
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -100,7 +47,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         raise ModelError(
             f"{type(model).__name__} has {len(found)} lists of {count} decoder layers with linear layers",
             "calibration goes through them one by one, in the order in which the model does",
-            _INSTEAD,
+            INSTEAD,
         )
     return found[0]
 
@@ -135,7 +82,7 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
         raise ModelError(
             f"no linear layer of {type(model).__name__} can be rounded",
             f"they must be within its decoder layers and have a multiple of {BLOCK} inputs",
-            _INSTEAD,
+            INSTEAD,
         )
     return found
 
@@ -157,7 +104,7 @@ def round_model(
     """
     prefix, layers = decoder_layers(model)
     _refuse_unusable(model, names)
-    on_the_way = _record(model, layers, batches)
+    on_the_way = record(model, layers, batches)
     start = time.monotonic()
     for i, layer in enumerate(layers):
         inside = f"{prefix}.{i}."
@@ -165,7 +112,8 @@ def round_model(
         reference = copy.deepcopy(layer)
         rounded = _round_layer(layer, reference, own, on_the_way, place, inside)
         for batch in on_the_way:
-            batch.advance(layer, reference)
+            batch.rounded.advance(layer)
+            batch.dense.advance(reference)
         for name, found in rounded.items():
             old = layer.get_submodule(name)
             new = place.layer(old)
@@ -248,7 +196,7 @@ def _groups(
         order.append((x, [name]))
 
     with _watching(layer, names, note):
-        batch.through(layer)
+        batch.rounded.through(layer)
     found = [(group, calls[group[0]] == 1) for _, group in order]
     return found + [([name], False) for name in names if name not in calls]
 
@@ -266,12 +214,12 @@ def _sums(
         once: the layer is called once; what the decoder layer computes after it is left out.
     """
     inputs = cast(nn.Linear, layer.get_submodule(name)).in_features
-    device = on_the_way[0].hidden.device
+    device = on_the_way[0].real.device
     hessian = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
     drift = torch.zeros_like(hessian)
     for batch in on_the_way:
-        rounded = _inputs(layer, name, batch.real, once, batch.through)
-        dense = _inputs(reference, name, batch.real, once, batch.through_dense)
+        rounded = _inputs(layer, name, batch.rounded, batch.real, once)
+        dense = _inputs(reference, name, batch.dense, batch.real, once)
         for x, _ in rounded:
             hessian += (x.t() @ x).double()
         if len(rounded) == len(dense) == 1:
@@ -282,10 +230,10 @@ def _sums(
 
 
 def _inputs(
-    layer: nn.Module, name: str, real: Tensor, once: bool, run: Callable[[nn.Module], object]
+    layer: nn.Module, name: str, stream: Stream, real: Tensor, once: bool
 ) -> list[tuple[Tensor, bool]]:
-    """What each call of a linear layer reads in a run of the decoder layer: rows (n, K) fp32, and whether they are
-    the real positions, without padding."""
+    """What each call of a linear layer reads when a stream goes through the decoder layer: rows (n, K) fp32, and
+    whether they are the real positions, without padding."""
     found: list[tuple[Tensor, bool]] = []
 
     def note(_: str, x: Tensor) -> None:
@@ -295,10 +243,10 @@ def _inputs(
             rows = rows[real.flatten()]
         found.append((rows.float(), of_positions))
         if once:
-            raise _Enough
+            raise Enough
 
-    with _watching(layer, [name], note), suppress(_Enough):
-        run(layer)
+    with _watching(layer, [name], note), suppress(Enough):
+        stream.through(layer)
     return found
 
 
@@ -317,107 +265,6 @@ def _watching(
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Recorder:
-    """Hooks on the decoder layers that note what one batch calls them with; with `first_only`, the first one alone."""
-
-    def __init__(self, model: PreTrainedModel, first_only: bool) -> None:
-        self.kind, self.first_only = type(model).__name__, first_only
-        self.calls: list[Call] = []
-        self.first: Tensor | None = None
-        self.last: Tensor | None = None
-
-    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        follows = self.last is None or hidden is self.last
-        if not isinstance(hidden, Tensor) or not follows:
-            raise ModelError(
-                f"decoder layer {len(self.calls)} of {self.kind} does not read the output of the one before",
-                "calibration hands each layer's output to the next",
-                _INSTEAD,
-            )
-        self.first = hidden if self.first is None else self.first
-        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        self.calls.append(Call(args[1:], rest, bool(args)))
-        if self.first_only:
-            raise _Enough
-
-    def after(self, layer: nn.Module, args: Any, output: Any) -> None:
-        self.last = _hidden_of(output)
-
-
-def _record(
-    model: PreTrainedModel, layers: nn.ModuleList, batches: Sequence[Batch]
-) -> list[Recorded]:
-    """What the dense model calls its layers with, batch by batch.
-
-    The first batch goes through the whole model. Where it calls all layers with the same arguments, as most models
-    do, the others stop at the first layer.
-
-    Raises ModelError: the layers do not follow one another.
-    """
-    found: list[Recorded] = []
-    alike = False
-    for batch in batches:
-        seen = _Recorder(model, first_only=alike)
-        handles = [
-            layer.register_forward_pre_hook(seen.before, with_kwargs=True) for layer in layers
-        ]
-        handles += [layer.register_forward_hook(seen.after) for layer in layers]
-        try:
-            with suppress(_Enough):
-                column = torch.zeros(1, dtype=torch.int64, device=batch.labels.device)
-                forward_at(model, batch, column)
-        finally:
-            for handle in handles:
-                handle.remove()
-        calls = seen.calls * len(layers) if alike and len(seen.calls) == 1 else seen.calls
-        if seen.first is None or len(calls) != len(layers):
-            raise ModelError(
-                f"{len(calls)} of {len(layers)} decoder layers of {seen.kind} were called",
-                "calibration goes through all of them, once each",
-                _INSTEAD,
-            )
-        alike = all(call.same(calls[0]) for call in calls)
-        streams = _with_own_mappings(calls), _with_own_mappings(calls)
-        found.append(Recorded(seen.first, seen.first, _real(batch, seen.first), *streams))
-    return found
-
-
-def _with_own_mappings(calls: Sequence[Call]) -> list[Call]:
-    """The calls with each mutable mapping replaced by one copy: some models let a layer leave keys and values there
-    for later ones, and the two streams must not meet in it."""
-    copies: dict[int, Any] = {}
-
-    def own(value: Any) -> Any:
-        if not isinstance(value, MutableMapping):
-            return value
-        if id(value) not in copies:
-            copies[id(value)] = copy.copy(value)
-        return copies[id(value)]
-
-    return [
-        Call(
-            tuple(own(v) for v in call.args),
-            {key: own(v) for key, v in call.kwargs.items()},
-            call.positional,
-        )
-        for call in calls
-    ]
-
-
-def _real(batch: Batch, hidden: Tensor) -> Tensor:
-    """Which positions (rows, T) of the hidden states are an example's: `forward_at` may have padded a packed row."""
-    if batch.attention_mask is not None:
-        return batch.attention_mask
-    real = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    real[:, : batch.input_ids.shape[1]] = True
-    return real
-
-
-def _hidden_of(output: Any) -> Tensor:
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 def _refuse_unusable(model: PreTrainedModel, names: Sequence[str]) -> None:

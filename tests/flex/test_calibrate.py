@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flex import quantise
+from flex import calibration_data, quantise
 from flex.errors import ModelError
 from flex.model.base import load_model
 from flex.model.places import Quantised
@@ -114,12 +114,12 @@ BUGS = {
         "del dense",
     ),
     "the hidden states stay": (
-        "self.hidden, self.dense = self.through(layer), self",
-        "_, self.dense = self.through(layer), self",
+        "batch.rounded.advance(layer)",
+        "batch.rounded.through(layer)",
     ),
     "the dense hidden states stay": (
-        "self.hidden, self.dense = self.through(layer), self",
-        "self.hidden, _ = self.through(layer), self",
+        "batch.dense.advance(reference)",
+        "batch.dense.through(reference)",
     ),
     "the dense copy is rounded too": ("reference = copy.deepcopy(layer)", "reference = layer"),
     "only the last batch counts": (
@@ -144,8 +144,10 @@ def test_a_seeded_bug_is_seen(made, bug, tmp_path):
 def test_the_streams_do_not_meet_in_what_layers_share():
     """Some models hand all layers one dict, in which a layer leaves keys and values for later ones."""
     shared, mask = {"layer": 0}, torch.ones(1)
-    calls = [calibrate.Call((shared,), {"mask": mask, "shared": shared}, True) for _ in range(2)]
-    one, other = (calibrate._with_own_mappings(calls) for _ in range(2))
+    calls = [
+        calibration_data.Call((shared,), {"mask": mask, "shared": shared}, True) for _ in range(2)
+    ]
+    one, other = (calibration_data._with_own_mappings(calls) for _ in range(2))
     assert one[0].args[0] is one[0].kwargs["shared"] is one[1].kwargs["shared"]
     assert one[0].args[0] == shared and one[0].kwargs["mask"] is mask
     assert len({id(shared), id(one[0].args[0]), id(other[0].args[0])}) == 3
@@ -172,8 +174,9 @@ def test_rows_that_are_not_the_positions_do_not_drift():
     rounded[0, 0, 0] = -1
     real = torch.ones(2, 6, dtype=torch.bool)
     real[1, 4:] = False
-    call = calibrate.Call((), {}, True)
-    batch = calibrate.Recorded(rounded, dense, real, [call], [call])
+    call = calibration_data.Call((), {}, True)
+    streams = (calibration_data.Stream(hidden, [call]) for hidden in (rounded, dense))
+    batch = calibration_data.Recorded(*streams, real)
     hessian, drift = calibrate._sums(Routed(), Routed(), "linear", [batch], once=False)
     x = rounded.flatten(0, 1)
     x = x[x[:, 0] > 0].double()
