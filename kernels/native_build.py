@@ -109,14 +109,18 @@ def in_shares(work: Callable[[int, int], None], total: int, elements: int) -> No
         except BaseException as error:
             failures.append(error)
 
-    (_by_new_threads if _openmp() is None else _by_team)(attempt, shares, threads)
+    openmp = _openmp()
+    if openmp is None:
+        _by_new_threads(attempt, shares)
+    else:
+        _by_team(openmp, attempt, shares, threads)
     if failures:
         raise failures[0]
     if left:  # ctypes drops what a signal's handler raises before a callback's first line
         raise KeyboardInterrupt
 
 
-def _by_new_threads(attempt: Callable[[int], None], shares: int, _: int) -> None:
+def _by_new_threads(attempt: Callable[[int], None], shares: int) -> None:
     threads = [threading.Thread(target=attempt, args=(i,)) for i in range(1, shares)]
     for thread in threads:
         thread.start()
@@ -125,10 +129,10 @@ def _by_new_threads(attempt: Callable[[int], None], shares: int, _: int) -> None
         thread.join()
 
 
-def _by_team(attempt: Callable[[int], None], shares: int, threads: int) -> None:
+def _by_team(
+    openmp: ctypes.CDLL, attempt: Callable[[int], None], shares: int, threads: int
+) -> None:
     """In one parallel region of as many threads as torch's have, so that the team stays as it is."""
-    openmp = _openmp()
-    assert openmp is not None
 
     def body(_: int | None) -> None:
         # a region within another one has a team of one

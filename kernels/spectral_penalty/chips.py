@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import MappingProxyType
 
 import torch
 
@@ -41,15 +40,11 @@ class Chip:
     num_warps: int
 
 
-def _by_precision(tf32: int, tf32x3: int) -> Mapping[str, int]:
-    return MappingProxyType({"tf32": tf32, "tf32x3": tf32x3})
-
-
 HOPPER = Chip(
     name="sm_90 and sm_100",
-    core=_by_precision(64 * 64, 32 * 32),
+    core={"tf32": 64 * 64, "tf32x3": 32 * 32},
     row=16384,
-    row_update=_by_precision(16384, 16384),
+    row_update={"tf32": 16384, "tf32x3": 16384},
     pads_update=True,
     full_rows=48,
     always_apart=False,
@@ -57,9 +52,9 @@ HOPPER = Chip(
 )
 AMPERE = Chip(
     name="sm_80, sm_86, sm_89 and sm_120",
-    core=_by_precision(32 * 32, 32 * 16),
+    core={"tf32": 32 * 32, "tf32x3": 32 * 16},
     row=8192,
-    row_update=_by_precision(4096, 0),
+    row_update={"tf32": 4096, "tf32x3": 0},
     pads_update=False,
     full_rows=0,
     always_apart=True,
@@ -67,9 +62,9 @@ AMPERE = Chip(
 )
 CDNA3 = Chip(
     name="gfx942",
-    core=_by_precision(64 * 64, 32 * 32),
+    core={"tf32": 64 * 64, "tf32x3": 32 * 32},
     row=16384,
-    row_update=_by_precision(4096, 4096),
+    row_update={"tf32": 4096, "tf32x3": 4096},
     pads_update=False,
     full_rows=0,
     always_apart=False,
@@ -77,9 +72,9 @@ CDNA3 = Chip(
 )
 UNKNOWN = Chip(
     name="a GPU that nothing was compiled for",
-    core=_by_precision(0, 0),
+    core={"tf32": 0, "tf32x3": 0},
     row=0,
-    row_update=_by_precision(0, 0),
+    row_update={"tf32": 0, "tf32x3": 0},
     pads_update=False,
     full_rows=0,
     always_apart=True,
