@@ -42,6 +42,7 @@ def lora_linear(
     seed: int | None = None,
     impl: str = "auto",
     route: str = "auto",
+    row_ids: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + bias + scale * drop(x) A^T B^T (`lora_linear_reference` is the specification).
 
@@ -63,6 +64,8 @@ def lora_linear(
             GEMM accumulates onto it; "fused": our GEMM starts its accumulator with it, which moves
             the fewest bytes; "auto": on a GPU the faster one as measured at first use of a shape
             (`routes.table()` shows what was chosen), elsewhere skinny.
+        row_ids: (M,) int32, what the mask of each row of x is drawn from beside the seed; its place
+            if None. Named by what it holds, a row keeps its mask in whatever batch it comes.
 
     Returns: y (..., N) in x's dtype, whatever autocast says.
 
@@ -78,18 +81,19 @@ def lora_linear(
     if type(weight) is not torch.nn.Parameter and is_packed(weight):
         from . import quantised
 
-        rest = (scale, dropout_p, seed, impl, route)
+        rest = (scale, dropout_p, seed, impl, route, row_ids)
         eager = not torch.compiler.is_compiling()
         call = quantised.lora_linear_packed if eager else quantised.lora_linear_packed_eager
         return call(x, weight, bias, lora_a, lora_b, *rest)
-    check(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    check(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, row_ids)
     if torch.compiler.is_compiling():
         from .ops import lora_forward
 
-        options = (scale, dropout_p, -1 if seed is None else seed, impl, route)
+        options = (scale, dropout_p, -1 if seed is None else seed, impl, route, row_ids)
         return lora_forward(x, weight, bias, lora_a, lora_b, *options)[0]
     route = resolve(impl, route, x, weight, lora_a, lora_b, scale, dropout_p, seed)
-    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, route)
+    options = (scale, dropout_p, seed, route, row_ids)
+    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, *options)
 
 
 def remakable(x: Tensor, function: Callable[..., Tensor], *sources: Tensor) -> None:
@@ -155,17 +159,19 @@ class _LoraLinear(torch.autograd.Function):
         dropout_p: float,
         seed: int,
         route: str,
+        row_ids: Tensor | None,
     ) -> Tensor:
         scale = scale / (1 - dropout_p)
         x_mk = x.reshape(-1, x.shape[-1])
         with without_autocast(x.device.type), named("lora_linear/forward"):
             forward, _ = path(route)
-            y_mn, s_mr = forward(x_mk, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+            factors = (lora_a, lora_b, scale, dropout_p, seed, row_ids)
+            y_mn, s_mr = forward(x_mk, weight, bias, *factors)
         need_a, need_b = ctx.needs_input_grad[3:5]
         ctx.make_x, sources = made_of(x) if need_a else (None, ())
         ctx.save_for_backward(*sources, s_mr if need_b else None, weight, lora_a, lora_b)
         ctx.x_shape, ctx.scale, ctx.dropout_p, ctx.seed = x.shape, scale, dropout_p, seed
-        ctx.route = route
+        ctx.row_ids, ctx.route = row_ids, route
         return y_mn.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -174,7 +180,7 @@ class _LoraLinear(torch.autograd.Function):
         *sources, s_mr, weight, lora_a, lora_b = ctx.saved_tensors
         x = ctx.make_x(*sources) if sources else None
         dx, da, db = gradients(ctx, dy, x, s_mr, lambda: weight, lora_a, lora_b)
-        return dx, None, None, da, db, None, None, None, None
+        return dx, None, None, da, db, None, None, None, None, None
 
 
 def gradients(
@@ -195,7 +201,7 @@ def gradients(
     x_mk = None if x is None else x.reshape(-1, x.shape[-1])
     with without_autocast(dy.device.type), named("lora_linear/backward"):
         _, backward = path(ctx.route)
-        factors = (lora_a, lora_b, ctx.scale, ctx.dropout_p, ctx.seed)
+        factors = (lora_a, lora_b, ctx.scale, ctx.dropout_p, ctx.seed, ctx.row_ids)
         needs = (need_x, need_a, need_b)
         dx, da, db = backward(dy_mn, x_mk, s_mr, weight(), *factors, needs)
     return None if dx is None else dx.view(ctx.x_shape), da, db
@@ -226,6 +232,7 @@ def check(
     scale: float,
     dropout_p: float,
     seed: int | None,
+    row_ids: Tensor | None = None,
 ) -> None:
     """Refuse arguments out of their sets; the message names the argument, its value, the set."""
     require_one_of("x.dtype", x.dtype, DTYPES)
@@ -277,3 +284,8 @@ def check(
     if dropout_p > 0:
         known = isinstance(seed, int) and 0 <= seed < SEEDS
         require(known, "seed", seed, f"an int in [0, {SEEDS}) when dropout_p > 0")
+    if row_ids is not None:
+        rows, kind = (x.shape[:-1].numel(),), (tuple(row_ids.shape), row_ids.dtype)
+        require(kind == (rows, torch.int32), "row_ids", kind, f"{rows}, torch.int32")
+        require(row_ids.is_contiguous(), "row_ids.stride()", row_ids.stride(), "(1,)")
+        require(row_ids.device == x.device, "row_ids.device", row_ids.device, f"x's, {x.device}")

@@ -26,6 +26,7 @@ def lora_linear_siblings(
     seeds: Sequence[int] | None = None,
     impl: str = "auto",
     route: str = "auto",
+    row_ids: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """(`lora_linear(x, W_i, ...)` for each of 2 or 3 projections), with x read once for all on Triton.
 
@@ -33,7 +34,7 @@ def lora_linear_siblings(
         x: (..., K). weights: W_i (N_i, K). biases: (N_i,) or None. lora_as: A_i (r, K), of one rank.
         lora_bs: B_i (N_i, r). scales, seeds: one each; seeds are needed if dropout_p > 0, and a
             projection's mask is that of `lora_linear` with its seed.
-        impl, route: as of `lora_linear`. The torch implementation calls it once per projection.
+        impl, route, row_ids: as of `lora_linear`. The torch implementation calls it once per projection.
 
     Returns: y_i (..., N_i), x's dtype. All W_i must be whole at once, which ZeRO-3 does not promise.
 
@@ -50,15 +51,17 @@ def lora_linear_siblings(
     each = [None] * count if seeds is None else list(seeds)
     projections = list(zip(weights, biases, lora_as, lora_bs, scales, each, strict=True))
     for weight, bias, a, b, scale, seed in projections:
-        check(x, weight, bias, a, b, scale, dropout_p, seed)
+        check(x, weight, bias, a, b, scale, dropout_p, seed, row_ids)
     first = (x, weights[0], lora_as[0], lora_bs[0], scales[0], dropout_p, each[0])
     route = resolve(impl, route, *first)
     if route == "torch":
         return tuple(
-            lora_linear(x, weight, bias, a, b, scale, dropout_p, seed, impl="torch")
+            lora_linear(
+                x, weight, bias, a, b, scale, dropout_p, seed, impl="torch", row_ids=row_ids
+            )
             for weight, bias, a, b, scale, seed in projections
         )
-    options = (tuple(scales), dropout_p, tuple(seed or 0 for seed in each), route)
+    options = (tuple(scales), dropout_p, tuple(seed or 0 for seed in each), row_ids, route)
     outputs = _Siblings.apply(x, options, *weights, *biases, *lora_as, *lora_bs)
     return tuple(outputs)
 
@@ -69,13 +72,13 @@ class _Siblings(torch.autograd.Function):
         from .siblings import down_siblings
         from .triton_path import output
 
-        ctx.options = scales, dropout_p, seeds, route = options
+        ctx.options = scales, dropout_p, seeds, row_ids, route = options
         count = ctx.count = len(scales)
         weights, biases, lora_as, lora_bs = (tensors[i * count : (i + 1) * count] for i in range(4))
         x_mk = x.reshape(-1, x.shape[-1])
         outputs = []
         with without_autocast(x.device.type), named("lora_linear/siblings/forward"):
-            s = down_siblings(x_mk, lora_as, dropout_p, seeds)
+            s = down_siblings(x_mk, lora_as, dropout_p, seeds, row_ids)
             for i in range(count):
                 b = scaled(lora_bs[i], scales[i] / (1 - dropout_p), x.dtype)
                 y = output(x_mk, weights[i], biases[i], s[i], b, route)
@@ -91,7 +94,7 @@ class _Siblings(torch.autograd.Function):
         from .triton_path import grad_input
 
         x, s, *tensors = ctx.saved_tensors
-        scales, dropout_p, seeds, route = ctx.options
+        scales, dropout_p, seeds, row_ids, route = ctx.options
         count = ctx.count
         weights, lora_as, lora_bs = (tensors[i * count : (i + 1) * count] for i in range(3))
         x_mk = x.reshape(-1, x.shape[-1])
@@ -107,9 +110,9 @@ class _Siblings(torch.autograd.Function):
                 all_ds.append(ds)
                 dbs.append(db)
                 if ctx.needs_input_grad[0]:
-                    dx = grad_input(
-                        dy, weights[i], ds, lora_as[i], dropout_p, seeds[i], route, add_to=dx
-                    )
-            das = grad_a_siblings(x_mk, torch.stack(all_ds), dropout_p, seeds, lora_as[0].dtype)
+                    mask = (dropout_p, seeds[i], row_ids)
+                    dx = grad_input(dy, weights[i], ds, lora_as[i], *mask, route, add_to=dx)
+            mask = (dropout_p, seeds, row_ids)
+            das = grad_a_siblings(x_mk, torch.stack(all_ds), *mask, lora_as[0].dtype)
         frozen = [None] * (2 * count)
         return None if dx is None else dx.view(x.shape), None, *frozen, *das.unbind(), *dbs

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ranges import ranged
 from .dropout import dropped_lanes
 from .forward import gemm_config
-from .tiles import column_keys, keep_tile, padded_rank, precision, row_keys, row_major
+from .tiles import column_keys, ids_of_rows, keep_tile, padded_rank, precision, row_keys, row_major
 
 # A program of `grad_sb_kernel` owns a panel of BLOCK_N outputs, so that dB of the panel stays in
 # registers, and walks through CHUNK rows. dS is then N / BLOCK_N partial sums, dB M / CHUNK: at M = N
@@ -108,6 +108,7 @@ def grad_a_kernel(
     x_ptr,
     ds_ptr,
     da_ptr,
+    row_ids_ptr,
     seed,
     dropped,
     rows,
@@ -115,6 +116,7 @@ def grad_a_kernel(
     rank,
     stride_xm,
     HAS_DROPOUT: tl.constexpr,
+    HAS_ROW_IDS: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -134,10 +136,11 @@ def grad_a_kernel(
     for start in range(pid_c * CHUNK, min(rows, (pid_c + 1) * CHUNK), BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = offs_m < rows
+        ids_M = ids_of_rows(row_ids_ptr, offs_m, mask_m, HAS_ROW_IDS)
         x_at = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
         x_MK = tl.load(x_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         if HAS_DROPOUT:
-            a_M, m_M = row_keys(seed, offs_m)
+            a_M, m_M = row_keys(seed, ids_M)
             x_MK = tl.where(keep_tile(a_M, m_M, b_K, n_K, offs_k, dropped), x_MK, 0.0)
         ds_at = ds_ptr + offs_m.to(tl.int64)[:, None] * rank + offs_r[None, :]
         ds_MR = tl.load(ds_at, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
@@ -165,6 +168,7 @@ def grad_x_kernel(
     ds_ptr,
     a_ptr,
     dx_ptr,
+    row_ids_ptr,
     seed,
     dropped,
     rows,
@@ -175,6 +179,7 @@ def grad_x_kernel(
     stride_wn,
     stride_ar,
     HAS_DROPOUT: tl.constexpr,
+    HAS_ROW_IDS: tl.constexpr,
     HAS_GEMM: tl.constexpr,
     HAS_LORA: tl.constexpr,
     ADD: tl.constexpr,
@@ -205,7 +210,8 @@ def grad_x_kernel(
             a_RK = tl.load(a_at, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
             acc_MK = tl.dot(ds_MR, a_RK.to(ds_MR.dtype), acc_MK, input_precision=PRECISION)
         if HAS_DROPOUT:
-            a_M, m_M = row_keys(seed, offs_m)
+            ids_M = ids_of_rows(row_ids_ptr, offs_m, mask_m, HAS_ROW_IDS)
+            a_M, m_M = row_keys(seed, ids_M)
             b_K, n_K = column_keys(seed, offs_k)
             acc_MK = tl.where(keep_tile(a_M, m_M, b_K, n_K, offs_k, dropped), acc_MK, 0.0)
     if HAS_GEMM:
@@ -270,7 +276,14 @@ def grad_s_and_b(
     return ds, _reduce(db_parts, b_dtype, scale) if need_db else None
 
 
-def grad_a(x: Tensor, ds: Tensor, dropout_p: float, seed: int | None, dtype: torch.dtype) -> Tensor:
+def grad_a(
+    x: Tensor,
+    ds: Tensor,
+    dropout_p: float,
+    seed: int | None,
+    row_ids: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """dA = dS^T drop(x): x (M, K), ds (M, r) of x's dtype -> (r, K) in `dtype`."""
     x = row_major(x)
     (rows, inputs), rank = x.shape, ds.shape[1]
@@ -283,6 +296,7 @@ def grad_a(x: Tensor, ds: Tensor, dropout_p: float, seed: int | None, dtype: tor
         x,
         ds,
         parts,
+        x if row_ids is None else row_ids,
         seed or 0,
         dropped_lanes(dropout_p),
         rows,
@@ -290,6 +304,7 @@ def grad_a(x: Tensor, ds: Tensor, dropout_p: float, seed: int | None, dtype: tor
         rank,
         x.stride(0),
         HAS_DROPOUT=dropout_p > 0,
+        HAS_ROW_IDS=row_ids is not None,
         PRECISION=precision(x.dtype),
         **blocks,
         **launch,
@@ -305,6 +320,7 @@ def grad_x(
     lora_a: Tensor,
     dropout_p: float,
     seed: int | None,
+    row_ids: Tensor | None,
     with_gemm: bool,
     add_to: Tensor | None = None,
 ) -> Tensor:
@@ -326,6 +342,7 @@ def grad_x(
             dy if ds is None else ds,
             lora_a,
             dx,
+            dy if row_ids is None else row_ids,
             seed or 0,
             dropped_lanes(dropout_p),
             rows,
@@ -336,6 +353,7 @@ def grad_x(
             weight.stride(0),
             lora_a.stride(0),
             HAS_DROPOUT=dropout_p > 0,
+            HAS_ROW_IDS=row_ids is not None,
             HAS_GEMM=with_gemm,
             HAS_LORA=ds is not None,
             ADD=add_to is not None,

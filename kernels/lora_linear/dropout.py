@@ -18,7 +18,14 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
-def keep_mask(seed: int, rows: int, columns: int, p: float, device: torch.device) -> Tensor:
+def keep_mask(
+    seed: int,
+    rows: int,
+    columns: int,
+    p: float,
+    device: torch.device,
+    row_ids: Tensor | None = None,
+) -> Tensor:
     """(rows, columns) int16: -1 (all bits set) where an element is kept, 0 where it is dropped.
 
     An element is dropped if its 16-bit lane is among the round(65536 p) smallest, so the
@@ -26,9 +33,10 @@ def keep_mask(seed: int, rows: int, columns: int, p: float, device: torch.device
 
         (a_i + b_j) (m_i + n_j) mod 2^32,    a, b uniform, m odd, n even,
 
-    whose keys come from Philox (`philox_keys`). Multiplying by an odd number is a bijection, so
-    every word is uniform and any two are independent; the random multipliers break the relation
-    within rectangles that a_i + b_j alone would have.
+    whose keys come from Philox (`philox_keys`): those of a row from the seed and `row_ids[i]`, (rows,)
+    int32, or i. A token that is named by what it is keeps its mask in whatever batch it lies.
+    Multiplying by an odd number is a bijection, so every word is uniform and any two are independent;
+    the random multipliers break the relation within rectangles that a_i + b_j alone would have.
 
     Why keys per row and column, and not Philox per element: a tile costs 2 additions and a
     multiplication an element, where Philox costs 7 rounds of two wide multiplications per 8. And
@@ -37,7 +45,7 @@ def keep_mask(seed: int, rows: int, columns: int, p: float, device: torch.device
     bernoulli_; 1024 x 1536: 0.45, 1.45 and 9.6 ms. The frozen GEMM beside it takes 9 ms.
     """
     words = (columns + 1) // 2
-    keys = torch.from_numpy(philox_keys(seed, rows, words)).to(device)
+    keys = torch.from_numpy(philox_keys(seed, rows, words, row_ids)).to(device)
     run = native_mask() if keys.device.type == "cpu" else None
     if run is not None:
         return mask_of_keys(run, keys, rows, dropped_lanes(p) - 32768)[:, :columns]
@@ -51,13 +59,14 @@ def dropped_lanes(p: float) -> int:
     return min(round(p * 65536), 65535)
 
 
-def philox_keys(seed: int, rows: int, words: int) -> np.ndarray:
+def philox_keys(seed: int, rows: int, words: int, row_ids: Tensor | None = None) -> np.ndarray:
     """(2, rows + words) int32: additive keys, and multipliers (odd for rows, even for words).
 
     The first two outputs of Philox4x32-7 with the seed as its key and the counter
-    (index, ROW or COLUMN, 0, 0).
+    (index, ROW or COLUMN, 0, 0), a row's index being its id where `row_ids` (rows,) int32 are given.
     """
-    c0 = np.concatenate([np.arange(rows, dtype=np.uint64), np.arange(words, dtype=np.uint64)])
+    of_rows = np.arange(rows) if row_ids is None else row_ids.cpu().numpy().view(np.uint32)
+    c0 = np.concatenate([of_rows.astype(np.uint64), np.arange(words, dtype=np.uint64)])
     c1 = np.repeat(np.array([ROW, COLUMN], dtype=np.uint64), [rows, words])
     c2, c3 = np.zeros_like(c0), np.zeros_like(c0)
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32

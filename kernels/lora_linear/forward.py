@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ranges import ranged
 from .dropout import dropped_lanes
-from .tiles import column_keys, keep_tile, padded_rank, precision, row_keys, row_major
+from .tiles import column_keys, ids_of_rows, keep_tile, padded_rank, precision, row_keys, row_major
 
 # Rows and inputs of a tile. 64 x 64 of x is 8 KB in bf16: three stages in flight take 24 KB, so that
 # several programs share an SM and 2048 rows still make 32 of them. Not timed on a GPU.
@@ -31,6 +31,7 @@ def down_kernel(
     x_ptr,
     a_ptr,
     s_ptr,
+    row_ids_ptr,
     seed,
     dropped,
     rows,
@@ -39,6 +40,7 @@ def down_kernel(
     stride_xm,
     stride_ar,
     HAS_DROPOUT: tl.constexpr,
+    HAS_ROW_IDS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -53,7 +55,8 @@ def down_kernel(
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     a_rows = a_ptr + offs_r.to(tl.int64)[:, None] * stride_ar
     if HAS_DROPOUT:
-        a_M, m_M = row_keys(seed, offs_m)
+        ids_M = ids_of_rows(row_ids_ptr, offs_m, mask_m, HAS_ROW_IDS)
+        a_M, m_M = row_keys(seed, ids_M)
     acc_MR = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, inputs, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
@@ -129,9 +132,15 @@ def forward_gemm_kernel(
 
 @ranged(
     "lora_linear/s",
-    lambda x, a, p, seed: x.nbytes + a.nbytes + x.shape[0] * a.shape[0] * x.element_size(),
+    lambda x, a, *_: x.nbytes + a.nbytes + x.shape[0] * a.shape[0] * x.element_size(),
 )
-def down(x: Tensor, lora_a: Tensor, dropout_p: float, seed: int | None) -> Tensor:
+def down(
+    x: Tensor,
+    lora_a: Tensor,
+    dropout_p: float,
+    seed: int | None,
+    row_ids: Tensor | None = None,
+) -> Tensor:
     """S = drop(x) A^T: x (M, K), A (r, K) any float dtype -> (M, r) in x's dtype, unscaled."""
     x, lora_a = row_major(x), row_major(lora_a)
     rows, rank = x.shape[0], lora_a.shape[0]
@@ -143,6 +152,7 @@ def down(x: Tensor, lora_a: Tensor, dropout_p: float, seed: int | None) -> Tenso
             x,
             lora_a,
             s,
+            x if row_ids is None else row_ids,
             seed or 0,
             dropped_lanes(dropout_p),
             rows,
@@ -151,6 +161,7 @@ def down(x: Tensor, lora_a: Tensor, dropout_p: float, seed: int | None) -> Tenso
             x.stride(0),
             lora_a.stride(0),
             HAS_DROPOUT=dropout_p > 0,
+            HAS_ROW_IDS=row_ids is not None,
             PRECISION=precision(x.dtype),
             BLOCK_R=padded_rank(rank),
             **blocks,

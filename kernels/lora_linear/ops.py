@@ -24,6 +24,7 @@ def lora_forward(
     seed: int,
     impl: str,
     route: str,
+    row_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (..., N) and S (M, r); arguments as of `lora_linear`, seed -1 for none."""
     from . import api
@@ -41,6 +42,7 @@ def lora_forward(
             scale / (1 - dropout_p),
             dropout_p,
             known,
+            row_ids,
         )
     return y.view(*x.shape[:-1], weight.shape[0]), s
 
@@ -70,6 +72,7 @@ def lora_backward(
     seed: int,
     impl: str,
     route: str,
+    row_ids: Tensor | None,
     need_x: bool,
     need_a: bool,
     need_b: bool,
@@ -91,6 +94,7 @@ def lora_backward(
             scale / (1 - dropout_p),
             dropout_p,
             known,
+            row_ids,
             (need_x, need_a, need_b),
         )
     none = dy.new_empty(0)
@@ -114,6 +118,7 @@ def _(
     seed: int,
     impl: str,
     route: str,
+    row_ids: Tensor | None,
     need_x: bool,
     need_a: bool,
     need_b: bool,
@@ -126,16 +131,17 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, lora_a, lora_b, *ctx.rest = inputs
-    ctx.save_for_backward(x, output[1], weight, lora_a, lora_b)
+    x, weight, _, lora_a, lora_b, *ctx.rest, row_ids = inputs
+    ctx.save_for_backward(x, output[1], weight, lora_a, lora_b, row_ids)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, dy: Tensor, ds: Tensor) -> tuple[Tensor | None, ...]:
     needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
-    found = lora_backward(dy, *ctx.saved_tensors, *ctx.rest, *needs)
+    *tensors, row_ids = ctx.saved_tensors
+    found = lora_backward(dy, *tensors, *ctx.rest, row_ids, *needs)
     dx, da, db = (g if need else None for g, need in zip(found, needs, strict=True))
-    return dx, None, None, da, db, None, None, None, None, None
+    return dx, None, None, da, db, None, None, None, None, None, None
 
 
 lora_forward.register_autograd(_backward, setup_context=_setup)

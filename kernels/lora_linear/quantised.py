@@ -32,6 +32,7 @@ def lora_linear_packed(
     seed: int | None,
     impl: str,
     route: str,
+    row_ids: Tensor | None,
 ) -> Tensor:
     """`lora_linear` of bitsandbytes' weight: the same numbers, to the bit, as of `dense(weight)`.
 
@@ -39,12 +40,11 @@ def lora_linear_packed(
     """
     # A view of one element stands for W: it has its shape, dtype and device, and no memory.
     stand_in = x.new_empty(()).expand(packed_shape(weight))
-    check(x, stand_in, bias, lora_a, lora_b, scale, dropout_p, seed)
+    check(x, stand_in, bias, lora_a, lora_b, scale, dropout_p, seed, row_ids)
     stored = packed_tensor(weight)
     require(stored.device == x.device, "weight.device", stored.device, f"x's, {x.device}")
-    return _PackedLoraLinear.apply(
-        x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, impl, route
-    )
+    options = (scale, dropout_p, seed, impl, route, row_ids)
+    return _PackedLoraLinear.apply(x, weight, bias, lora_a, lora_b, *options)
 
 
 @torch.compiler.disable
@@ -73,6 +73,7 @@ class _PackedLoraLinear(torch.autograd.Function):
         seed: int,
         impl: str,
         route: str,
+        row_ids: Tensor | None,
     ) -> Tensor:
         x_mk = x.reshape(-1, x.shape[-1])
         with without_autocast(x.device.type), named("lora_linear/forward"):
@@ -80,14 +81,15 @@ class _PackedLoraLinear(torch.autograd.Function):
             route = resolve(impl, route, x, w, lora_a, lora_b, scale, dropout_p, seed)
             scale = scale / (1 - dropout_p)
             forward, _ = path(route)
-            y_mn, s_mr = forward(x_mk, w, bias, lora_a, lora_b, scale, dropout_p, seed)
+            factors = (lora_a, lora_b, scale, dropout_p, seed, row_ids)
+            y_mn, s_mr = forward(x_mk, w, bias, *factors)
         need_a, need_b = ctx.needs_input_grad[3:5]
         ctx.make_x, sources = made_of(x) if need_a else (None, ())
         ctx.save_for_backward(*sources, s_mr if need_b else None, lora_a, lora_b)
         # The object itself: what autograd saves may come back without its quantisation state.
         ctx.weight = weight
         ctx.x_shape, ctx.scale, ctx.dropout_p, ctx.seed = x.shape, scale, dropout_p, seed
-        ctx.route = route
+        ctx.row_ids, ctx.route = row_ids, route
         return y_mn.view(*x.shape[:-1], y_mn.shape[-1])
 
     @staticmethod
@@ -100,4 +102,4 @@ class _PackedLoraLinear(torch.autograd.Function):
             return dense(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
 
         dx, da, db = gradients(ctx, dy, x, s_mr, weight, lora_a, lora_b)
-        return dx, None, None, da, db, None, None, None, None, None
+        return dx, None, None, da, db, None, None, None, None, None, None

@@ -90,7 +90,7 @@ def _once(
     from . import triton_path
 
     x = x.reshape(-1, x.shape[-1])
-    factors = (lora_a, lora_b, scale, dropout_p, seed)
+    factors = (lora_a, lora_b, scale, dropout_p, seed, None)
     y, s = triton_path.forward(x, weight, None, *factors, route=route)
     triton_path.backward(y, x, s, weight, *factors, (True, True, True), route=route)
 

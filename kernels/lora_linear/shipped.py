@@ -52,7 +52,8 @@ def _name(kernel: str, dtype: torch.dtype, block_r: int, more: str = "") -> str:
 
 def _down(dtype: torch.dtype, block_r: int) -> list[Shipped]:
     pointer = TYPES[dtype]
-    signature = {"x_ptr": pointer, "a_ptr": pointer, "s_ptr": pointer, "seed": "i64"}
+    signature = {"x_ptr": pointer, "a_ptr": pointer, "s_ptr": pointer, "row_ids_ptr": "*i32"}
+    signature |= {"seed": "i64"}
     integers = ("dropped", "rows", "inputs", "rank", "stride_xm", "stride_ar")
     signature |= dict.fromkeys(integers, "i32")
     blocks, launch = forward.down_config(block_r)
@@ -63,6 +64,7 @@ def _down(dtype: torch.dtype, block_r: int) -> list[Shipped]:
             signature,
             {
                 "HAS_DROPOUT": dropout,
+                "HAS_ROW_IDS": dropout,
                 "PRECISION": precision(dtype),
                 "BLOCK_R": block_r,
                 **blocks,
@@ -105,7 +107,8 @@ def _gemms(dtype: torch.dtype, block_r: int) -> list[Shipped]:
     names = ("dy_ptr", "w_ptr", "ds_ptr", "a_ptr", "dx_ptr")
     integers = ("dropped", "rows", "inputs", "outputs", "rank")
     integers += ("stride_dm", "stride_wn", "stride_ar")
-    signature = dict.fromkeys(names, pointer) | {"seed": "i64"} | dict.fromkeys(integers, "i32")
+    signature = dict.fromkeys(names, pointer) | {"row_ids_ptr": "*i32", "seed": "i64"}
+    signature |= dict.fromkeys(integers, "i32")
     blocks = backward.transposed(blocks)
     for with_gemm in (False, True):
         found.append(
@@ -115,6 +118,7 @@ def _gemms(dtype: torch.dtype, block_r: int) -> list[Shipped]:
                 signature,
                 {
                     "HAS_DROPOUT": True,
+                    "HAS_ROW_IDS": True,
                     "HAS_GEMM": with_gemm,
                     "HAS_LORA": True,
                     "ADD": False,
@@ -153,9 +157,10 @@ def _partials(dtype: torch.dtype, block_r: int) -> list[Shipped]:
     a = Shipped(
         _name("grad_a", dtype, block_r),
         backward.grad_a_kernel,
-        {"x_ptr": pointer, "ds_ptr": pointer, "da_ptr": "*fp32", "seed": "i64"}
+        {"x_ptr": pointer, "ds_ptr": pointer, "da_ptr": "*fp32", "row_ids_ptr": "*i32"}
+        | {"seed": "i64"}
         | dict.fromkeys(("dropped", "rows", "inputs", "rank", "stride_xm"), "i32"),
-        {"HAS_DROPOUT": True, "PRECISION": precision(dtype)} | blocks,
+        {"HAS_DROPOUT": True, "HAS_ROW_IDS": True, "PRECISION": precision(dtype)} | blocks,
         num_warps=launch["num_warps"],
         num_stages=launch["num_stages"],
         divisible=("inputs", "stride_xm"),
@@ -169,8 +174,10 @@ def _siblings(dtype: torch.dtype, block_r: int) -> list[Shipped]:
     if block_r > 64:
         return []
     pointer = TYPES[dtype]
+    keys = {"row_ids_ptr": "*i32", "seeds_ptr": "*i64"}
     integers = dict.fromkeys(("dropped", "rows", "inputs", "rank", "stride_xm"), "i32")
-    constants = {"COUNT": 3, "HAS_DROPOUT": True, "PRECISION": precision(dtype)}
+    constants = {"COUNT": 3, "HAS_DROPOUT": True, "HAS_ROW_IDS": True}
+    constants |= {"PRECISION": precision(dtype)}
     found = []
     for kernel, (blocks, launch), out in (
         ("down", siblings.down_siblings_config(block_r, dtype), "s_ptr"),
@@ -182,7 +189,7 @@ def _siblings(dtype: torch.dtype, block_r: int) -> list[Shipped]:
             Shipped(
                 _name(f"{kernel}_siblings", dtype, block_r),
                 getattr(siblings, f"{kernel}_siblings_kernel"),
-                {"x_ptr": pointer, **third, out: out_type, "seeds_ptr": "*i64", **integers},
+                {"x_ptr": pointer, **third, out: out_type, **keys, **integers},
                 {**constants, **blocks},
                 num_warps=launch["num_warps"],
                 num_stages=launch["num_stages"],

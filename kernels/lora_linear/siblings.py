@@ -20,7 +20,7 @@ from ..ranges import ranged
 from .backward import _reduce, grad_a_config
 from .dropout import dropped_lanes
 from .forward import down_config
-from .tiles import column_keys, keep_tile, padded_rank, precision, row_keys, row_major
+from .tiles import column_keys, ids_of_rows, keep_tile, padded_rank, precision, row_keys, row_major
 
 
 @triton.jit
@@ -36,6 +36,7 @@ def down_siblings_kernel(
     x_ptr,
     a_ptr,
     s_ptr,
+    row_ids_ptr,
     seeds_ptr,
     dropped,
     rows,
@@ -44,6 +45,7 @@ def down_siblings_kernel(
     stride_xm,
     COUNT: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_ROW_IDS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -63,9 +65,10 @@ def down_siblings_kernel(
         tl.load(seeds_ptr + 1),
         tl.load(seeds_ptr + COUNT - 1),
     )
-    a_M0, m_M0 = row_keys(seed_0, offs_m)
-    a_M1, m_M1 = row_keys(seed_1, offs_m)
-    a_M2, m_M2 = row_keys(seed_2, offs_m)
+    ids_M = ids_of_rows(row_ids_ptr, offs_m, mask_m, HAS_ROW_IDS)
+    a_M0, m_M0 = row_keys(seed_0, ids_M)
+    a_M1, m_M1 = row_keys(seed_1, ids_M)
+    a_M2, m_M2 = row_keys(seed_2, ids_M)
     acc_MR0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     acc_MR1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     acc_MR2 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -98,6 +101,7 @@ def grad_a_siblings_kernel(
     x_ptr,
     ds_ptr,
     da_ptr,
+    row_ids_ptr,
     seeds_ptr,
     dropped,
     rows,
@@ -106,6 +110,7 @@ def grad_a_siblings_kernel(
     stride_xm,
     COUNT: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_ROW_IDS: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -131,21 +136,22 @@ def grad_a_siblings_kernel(
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = offs_m < rows
         mask_MR = mask_m[:, None] & mask_r[None, :]
+        ids_M = ids_of_rows(row_ids_ptr, offs_m, mask_m, HAS_ROW_IDS)
+        a_M0, m_M0 = row_keys(seed_0, ids_M)
+        a_M1, m_M1 = row_keys(seed_1, ids_M)
+        a_M2, m_M2 = row_keys(seed_2, ids_M)
         x_at = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
         x_MK = tl.load(x_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         ds_at = ds_ptr + offs_m.to(tl.int64)[:, None] * rank + offs_r[None, :]
         ds_MR = tl.load(ds_at, mask=mask_MR, other=0.0)
-        a_M, m_M = row_keys(seed_0, offs_m)
-        kept_MK = _masked(x_MK, a_M, m_M, seed_0, offs_k, dropped, HAS_DROPOUT)
+        kept_MK = _masked(x_MK, a_M0, m_M0, seed_0, offs_k, dropped, HAS_DROPOUT)
         acc_KR0 = tl.dot(tl.trans(kept_MK), ds_MR, acc_KR0, input_precision=PRECISION)
         ds_MR = tl.load(ds_at + next_s, mask=mask_MR, other=0.0)
-        a_M, m_M = row_keys(seed_1, offs_m)
-        kept_MK = _masked(x_MK, a_M, m_M, seed_1, offs_k, dropped, HAS_DROPOUT)
+        kept_MK = _masked(x_MK, a_M1, m_M1, seed_1, offs_k, dropped, HAS_DROPOUT)
         acc_KR1 = tl.dot(tl.trans(kept_MK), ds_MR, acc_KR1, input_precision=PRECISION)
         if COUNT == 3:
             ds_MR = tl.load(ds_at + 2 * next_s, mask=mask_MR, other=0.0)
-            a_M, m_M = row_keys(seed_2, offs_m)
-            kept_MK = _masked(x_MK, a_M, m_M, seed_2, offs_k, dropped, HAS_DROPOUT)
+            kept_MK = _masked(x_MK, a_M2, m_M2, seed_2, offs_k, dropped, HAS_DROPOUT)
             acc_KR2 = tl.dot(tl.trans(kept_MK), ds_MR, acc_KR2, input_precision=PRECISION)
     da_rows = pid_c.to(tl.int64) * COUNT * rank + offs_r[:, None]
     da_at = da_ptr + da_rows * inputs + offs_k[None, :]
@@ -159,7 +165,11 @@ def grad_a_siblings_kernel(
 
 @ranged("lora_linear/siblings/s", lambda x, a, *_: x.nbytes + sum(t.nbytes for t in a))
 def down_siblings(
-    x: Tensor, lora_as: Sequence[Tensor], dropout_p: float, seeds: Sequence[int]
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    dropout_p: float,
+    seeds: Sequence[int],
+    row_ids: Tensor | None,
 ) -> Tensor:
     """S (n, M, r) of x (M, K) and n = 2 or 3 A's (r, K) of one shape, in x's dtype."""
     x, a = row_major(x), torch.stack([a.to(x.dtype) for a in lora_as])
@@ -171,13 +181,14 @@ def down_siblings(
             x,
             a,
             s,
+            x if row_ids is None else row_ids,
             _on_device(seeds, x),
             dropped_lanes(dropout_p),
             x.shape[0],
             inputs,
             rank,
             x.stride(0),
-            **_constants(count, dropout_p, x),
+            **_constants(count, dropout_p, row_ids, x),
             **blocks,
             **launch,
         )
@@ -186,7 +197,12 @@ def down_siblings(
 
 @ranged("lora_linear/siblings/da", lambda x, ds, *_: x.nbytes + ds.nbytes)
 def grad_a_siblings(
-    x: Tensor, ds: Tensor, dropout_p: float, seeds: Sequence[int], dtype: torch.dtype
+    x: Tensor,
+    ds: Tensor,
+    dropout_p: float,
+    seeds: Sequence[int],
+    row_ids: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """dA (n, r, K) in `dtype` of x (M, K) and ds (n, M, r) in x's dtype."""
     x = row_major(x)
@@ -200,13 +216,14 @@ def grad_a_siblings(
         x,
         ds,
         parts,
+        x if row_ids is None else row_ids,
         _on_device(seeds, x),
         dropped_lanes(dropout_p),
         rows,
         inputs,
         rank,
         x.stride(0),
-        **_constants(count, dropout_p, x),
+        **_constants(count, dropout_p, row_ids, x),
         **blocks,
         **launch,
     )
@@ -233,5 +250,10 @@ def _on_device(seeds: Sequence[int], x: Tensor) -> Tensor:
     return torch.tensor(list(seeds), dtype=torch.int64, device=x.device)
 
 
-def _constants(count: int, dropout_p: float, x: Tensor) -> dict[str, Any]:
-    return {"COUNT": count, "HAS_DROPOUT": dropout_p > 0, "PRECISION": precision(x.dtype)}
+def _constants(count: int, dropout_p: float, row_ids: Tensor | None, x: Tensor) -> dict[str, Any]:
+    return {
+        "COUNT": count,
+        "HAS_DROPOUT": dropout_p > 0,
+        "HAS_ROW_IDS": row_ids is not None,
+        "PRECISION": precision(x.dtype),
+    }

@@ -28,7 +28,7 @@ BLOCK = 256  # rows whose part of dA and dB is summed on its own, however many t
 ARGUMENTS = {
     "pack": (POINTER, *[LONG] * 4, POINTER),
     "unpack": (POINTER, *[LONG] * 3, FLOAT, POINTER, LONG, LONG),
-    "fill_keys": (ctypes.c_uint64, LONG, LONG, POINTER),
+    "fill_keys": (ctypes.c_uint64, POINTER, LONG, LONG, POINTER),
     "forward": (POINTER, *[LONG] * 5, *[POINTER] * 4, INT, *[POINTER] * 2, LONG, LONG),
     "backward": (
         POINTER,
@@ -75,12 +75,13 @@ def forward(
     bias: Tensor | None,
     dropout_p: float,
     seed: int | None,
+    row_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """S (sB)^T + bias (M, N) and S (M, r): x (M, K), A (r, K), sB (N, r), bias (N,), all bf16."""
     (rows, inputs), (outputs, rank) = x.shape, scaled_b.shape
     y, b = x.new_empty(rows, outputs), _packed(run, scaled_b.t())
     row = None if bias is None else _packed(run, bias[None])
-    keys, least = _keys(run, dropout_p, seed, rows, inputs)
+    keys, least = _keys(run, dropout_p, seed, row_ids, rows, inputs)
     if keys is None:  # nothing to mask: torch's product needs no second look at x
         kept, a, s = None, None, products.mm(x, lora_a.t()).contiguous()
     else:
@@ -103,6 +104,7 @@ def backward(
     scale: float,
     dropout_p: float,
     seed: int | None,
+    row_ids: Tensor | None,
     need_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """keep * (dS A) (M, K) in bf16 if `need_x`, dA (r, K) of `x` and dB (N, r) of S, fp32, where they are given.
@@ -115,7 +117,8 @@ def backward(
     ds_mr = None if ds_mr is None else ds_mr.contiguous()
     (rank, inputs), (rows, outputs) = lora_a.shape, dy.shape
     a = _packed(run, lora_a) if need_x else None
-    keys, least = _keys(run, 0.0 if ds_mr is None else dropout_p, seed, rows, inputs)
+    p = 0.0 if ds_mr is None else dropout_p
+    keys, least = _keys(run, p, seed, row_ids, rows, inputs)
     dx = dy.new_empty(rows, inputs) if need_x else None
     db = None if s_mr is None else _parts(rows, rank, outputs)
     da = None if x is None else _parts(rows, rank, inputs)
@@ -139,7 +142,12 @@ def _over_blocks(work: Callable[[int, int], None], rows: int, columns: int) -> N
 
 
 def _keys(
-    run: ctypes.CDLL, p: float, seed: int | None, rows: int, columns: int
+    run: ctypes.CDLL,
+    p: float,
+    seed: int | None,
+    row_ids: Tensor | None,
+    rows: int,
+    columns: int,
 ) -> tuple[Tensor | None, int]:
     """The keys of `keep_mask`, of words up to the end of a vector, and the least lane that is kept."""
     if p == 0:
@@ -147,7 +155,7 @@ def _keys(
     assert seed is not None
     words = -(-columns // LANES) * LANES // 2
     keys = torch.empty(2, rows + words, dtype=torch.int32)
-    run.fill_keys(seed, rows, words, _at(keys))
+    run.fill_keys(seed, _at(row_ids), rows, words, _at(keys))
     return keys, dropped_lanes(p) - 32768
 
 

@@ -216,11 +216,13 @@ void unpack(const float *parts, int64_t count, int64_t rank, int64_t size, float
     }
 }
 
-/* The keys of a mask, additive and then multiplicative, each of all rows and then of all words: Philox4x32-7. */
-void fill_keys(uint64_t seed, int64_t rows, int64_t columns, uint32_t *restrict out)
+/* The keys of a mask, additive and then multiplicative, each of all rows and then of all words: Philox4x32-7 of the
+   row's id (its place if `row_ids` is NULL) or the word's place. */
+void fill_keys(uint64_t seed, const uint32_t *restrict row_ids, int64_t rows, int64_t columns, uint32_t *restrict out)
 {
     for (int64_t i = 0; i < rows + columns; i++) {
-        uint32_t c0 = i < rows ? i : i - rows, c1 = i >= rows, c2 = 0, c3 = 0, k0 = seed, k1 = seed >> 32;
+        uint32_t c0 = i >= rows ? i - rows : row_ids ? row_ids[i] : i, c1 = i >= rows, c2 = 0, c3 = 0;
+        uint32_t k0 = seed, k1 = seed >> 32;
         for (int round = 0; round < 7; round++) {
             const uint64_t wide_0 = (uint64_t)c0 * 0xD2511F53u, wide_2 = (uint64_t)c2 * 0xCD9E8D57u;
             c0 = (uint32_t)(wide_2 >> 32) ^ c1 ^ k0;

@@ -16,9 +16,18 @@ PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 
 
 @triton.jit
-def row_keys(seed, offs_m):
+def ids_of_rows(row_ids_ptr, offs_m, mask_m, HAS_ROW_IDS: tl.constexpr):
+    """What the keys of each row are made of, int32: its id where the caller gave one, else its place."""
+    ids_M = offs_m
+    if HAS_ROW_IDS:
+        ids_M = tl.load(row_ids_ptr + offs_m, mask=mask_m, other=0)
+    return ids_M
+
+
+@triton.jit
+def row_keys(seed, ids_M):
     """(additive, odd multiplier) of each row, uint32; dropout.py has the definition."""
-    a, m, _, _ = tl.philox(seed, offs_m.to(tl.uint32), 0, 0, 0, n_rounds=PHILOX_ROUNDS)
+    a, m, _, _ = tl.philox(seed, ids_M.to(tl.uint32, bitcast=True), 0, 0, 0, n_rounds=PHILOX_ROUNDS)
     return a, m | 1
 
 

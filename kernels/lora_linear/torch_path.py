@@ -24,18 +24,20 @@ def forward(
     scale: float,
     dropout_p: float,
     seed: int | None,
+    row_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and S (M, r) of x (M, K) by torch's own products; `scale` is alpha / r / (1 - p)."""
     scaled_b = scaled(lora_b, scale, x.dtype)
     if (run := skinny_native.library_for(x, lora_a.shape[0], dropout_p)) is not None:
         row = None if bias is None else bias.to(x.dtype)
-        factors = (lora_a.to(x.dtype), scaled_b, row, dropout_p, seed)
+        factors = (lora_a.to(x.dtype), scaled_b, row, dropout_p, seed, row_ids)
         y_mn, s_mr = skinny_native.forward(run, x, *factors)
         return _with_base(y_mn, x, weight), s_mr
     kept_mk = x
     if dropout_p > 0:
         assert seed is not None
-        kept_mk = apply_mask(x, keep_mask(seed, x.shape[0], x.shape[1], dropout_p, x.device))
+        keep = keep_mask(seed, x.shape[0], x.shape[1], dropout_p, x.device, row_ids)
+        kept_mk = apply_mask(x, keep)
     s_mr = products.mm(kept_mk, lora_a.to(x.dtype).t())
     return output(x, weight, bias, s_mr, scaled_b), s_mr
 
@@ -59,13 +61,14 @@ def backward(
     scale: float,
     dropout_p: float,
     seed: int | None,
+    row_ids: Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX (M, K), dA (r, K), dB (N, r), each None unless `needs` (x, A, B) says so."""
     need_x, need_a, need_b = needs
     ds_mr = products.mm(dy, scaled(lora_b, scale, dy.dtype)) if need_x or need_a else None
     x, s_mr = x if need_a else None, s_mr if need_b else None
-    options = (scale, dropout_p, seed, need_x)
+    options = (scale, dropout_p, seed, row_ids, need_x)
     if (run := skinny_native.library_for(dy, lora_a.shape[0], dropout_p)) is not None:
         cast = lora_a.to(dy.dtype)
         dx, da, db = skinny_native.backward(run, dy, x, s_mr, ds_mr, cast, *options)
@@ -87,6 +90,7 @@ def _low_rank_gradients(
     scale: float,
     dropout_p: float,
     seed: int | None,
+    row_ids: Tensor | None,
     need_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`skinny_native.backward` by torch's products, dB in `dtype_b`."""
@@ -99,7 +103,7 @@ def _low_rank_gradients(
         return None, None, db
     if dropout_p > 0:
         assert seed is not None
-        keep = keep_mask(seed, dy.shape[0], lora_a.shape[1], dropout_p, dy.device)
+        keep = keep_mask(seed, dy.shape[0], lora_a.shape[1], dropout_p, dy.device, row_ids)
     if x is not None:
         kept_mk = x if keep is None else apply_mask(x, keep)
         da = _wide_product(ds_mr.t(), kept_mk)

@@ -19,10 +19,11 @@ def forward(
     scale: float,
     dropout_p: float,
     seed: int | None,
+    row_ids: Tensor | None,
     route: str,
 ) -> tuple[Tensor, Tensor]:
     """`torch_path.forward` by the Triton kernels."""
-    s_mr = down(x, lora_a.to(x.dtype), dropout_p, seed)
+    s_mr = down(x, lora_a.to(x.dtype), dropout_p, seed, row_ids)
     scaled_b = scaled(lora_b, scale, x.dtype)
     return output(x, weight, bias, s_mr, scaled_b, route), s_mr
 
@@ -37,6 +38,7 @@ def backward(
     scale: float,
     dropout_p: float,
     seed: int | None,
+    row_ids: Tensor | None,
     needs: tuple[bool, bool, bool],
     route: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -49,9 +51,9 @@ def backward(
     dx = da = None
     if need_a:
         assert x is not None and ds is not None
-        da = grad_a(x, ds, dropout_p, seed, lora_a.dtype)
+        da = grad_a(x, ds, dropout_p, seed, row_ids, lora_a.dtype)
     if need_x:
-        dx = grad_input(dy, weight, ds, lora_a, dropout_p, seed, route)
+        dx = grad_input(dy, weight, ds, lora_a, dropout_p, seed, row_ids, route)
     return dx, da, db
 
 
@@ -75,11 +77,12 @@ def grad_input(
     lora_a: Tensor,
     dropout_p: float,
     seed: int | None,
+    row_ids: Tensor | None,
     route: str,
     add_to: Tensor | None = None,
 ) -> Tensor:
     """dX (M, K) = keep * (dS A) + dY W; with `add_to`, (M, K), that is added to and returned."""
     fused = route == "fused"
     a = lora_a.to(dy.dtype)
-    dx = grad_x(dy, weight, ds, a, dropout_p, seed, with_gemm=fused, add_to=add_to)
+    dx = grad_x(dy, weight, ds, a, dropout_p, seed, row_ids, fused, add_to)
     return dx if fused else dx.addmm_(dy, weight)

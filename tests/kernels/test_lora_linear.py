@@ -34,6 +34,7 @@ class Case:
     bias: bool = True
     dropout: float = 0.1
     strided: bool = False  # x and W as every second column of something wider
+    ids: bool = False  # rows are named for their masks, not counted
 
 
 def operands(case: Case) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
@@ -65,14 +66,24 @@ def run(fn: Callable[..., Tensor], case: Case, dtype: torch.dtype) -> dict[str, 
     return {"y": y.detach(), "dx": dx, "da": da, "db": db}
 
 
+def row_ids(rows: int) -> Tensor:
+    """(rows,) int32 of either sign, none in its place and two the same."""
+    ids = torch.arange(rows, dtype=torch.int64).mul_(0x9E3779B1).add_(7).to(torch.int32)
+    ids[:1] = ids[-1:].clone()
+    return ids
+
+
 def check(fn: Callable[..., Tensor], case: Case) -> dict[str, Tensor]:
     """Hold y and all gradients of `fn` to the error budget; two runs must agree bit for bit."""
     scale, p = 1.75, case.dropout
     rows = torch.Size(case.rows).numel()
-    keep = (keep_mask(SEED, rows, case.inputs, p, CPU) != 0).view(*case.rows, -1) if p else None
+    ids = row_ids(rows) if case.ids else None
+    keep = (
+        (keep_mask(SEED, rows, case.inputs, p, CPU, ids) != 0).view(*case.rows, -1) if p else None
+    )
 
     def ours(*tensors: Tensor) -> Tensor:
-        return fn(*tensors, scale, p, SEED)
+        return fn(*tensors, scale, p, SEED, row_ids=ids)
 
     def reference(*tensors: Tensor) -> Tensor:
         return lora_linear_reference(*tensors, scale, p, keep)
@@ -95,7 +106,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @pytest.mark.parametrize("rank", (1, 4, 8, 16, 17, 64))
 @pytest.mark.parametrize("dropout", (0.0, 0.1))
 def test_rank_dtype_dropout(dtype: torch.dtype, rank: int, dropout: float) -> None:
-    check(lora_linear, Case(rank=rank, dtype=dtype, dropout=dropout, inputs=48, outputs=40))
+    case = Case(rank=rank, dtype=dtype, dropout=dropout, inputs=48, outputs=40, ids=rank % 8 > 0)
+    check(lora_linear, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -174,6 +186,8 @@ BUGS = (
     ("mask missing in dx", "apply_mask_(dx, keep)", "pass"),
     ("mask missing in dA", "x if keep is None else apply_mask(x, keep)", "x"),
     ("mask redrawn in backward", "keep_mask(seed, dy.shape[0]", "keep_mask(seed + 1, dy.shape[0]"),
+    ("ids of rows forgotten in y", "x.device, row_ids)", "x.device)"),
+    ("ids of rows forgotten in backward", "dy.device, row_ids)", "dy.device)"),
     ("scale missing in dB", "db.mul_(scale)", "pass"),
     ("scale missing in dS", "scaled(lora_b, scale, dy.dtype)", "lora_b.to(dy.dtype)"),
     ("scale squared in y", "scaled(lora_b, scale, x.dtype)", "scaled(lora_b, scale**2, x.dtype)"),
@@ -208,7 +222,7 @@ def test_bug_is_noticed(
 ) -> None:
     monkeypatch.setattr(api, "torch_path", load_copy(tmp_path, torch_path, old, new))
     with pytest.raises(AssertionError, match="over its budget"):
-        check(lora_linear, Case())
+        check(lora_linear, Case(ids=True))
 
 
 @pytest.mark.parametrize("module", (torch_path, api))
@@ -263,6 +277,16 @@ def test_masks_of_different_seeds_are_unrelated() -> None:
     overlap = signs @ signs.T / signs.shape[1]
     assert float((overlap - torch.eye(8)).abs().max()) < 5 / signs.shape[1] ** 0.5
     assert torch.equal(masks[7], keep_mask(7, 64, 256, 0.5, CPU).flatten())
+
+
+def test_a_named_row_has_its_mask_wherever_it_lies() -> None:
+    whole = keep_mask(SEED, 64, 96, 0.3, CPU)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(keep_mask(SEED, 64, 96, 0.3, CPU, order.int()), whole[order])
+    part = torch.tensor([63, 5, 5], dtype=torch.int32)
+    assert torch.equal(keep_mask(SEED, 3, 96, 0.3, CPU, part), whole[part.long()])
+    high = keep_mask(SEED, 1, 96, 0.3, CPU, torch.tensor([-1], dtype=torch.int32))
+    assert not any(torch.equal(high[0], row) for row in whole)
 
 
 def test_dropped_values_are_zero_whatever_they_were() -> None:
@@ -395,6 +419,11 @@ def test_double_backward_is_refused() -> None:
         ({"dropout_p": -0.1}, r"dropout_p is -0.1"),
         ({"dropout_p": 0.1}, r"seed is None; it must be an int in"),
         ({"dropout_p": 0.1, "seed": -1}, r"seed is -1"),
+        (
+            {"row_ids": torch.ones(3)},
+            r"row_ids is \(\(3,\), torch.float32\); it must be \(\d+,\), torch.int32",
+        ),
+        ({"row_ids": torch.ones(2).int()}, r"row_ids is \(\(2,\), torch.int32\)"),
         ({"impl": "cuda"}, r"impl is cuda; it must be one of auto, torch, triton"),
     ],
 )
@@ -442,12 +471,15 @@ def test_compiles_to_one_graph(impl: str, dropout: float, wanted: set[str]) -> N
     if impl == "triton" and not runtime.interpreting():
         pytest.skip("needs TRITON_INTERPRET=1")
     x, w, bias, a, b, dy = operands(Case(rows=(3, 5)))
+    ids = row_ids(15)
     leaves = {"x": x, "a": a, "b": b}
     for name in wanted:
         leaves[name].requires_grad_()
 
     def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return lora_linear(x.tanh(), w, bias, a, b, 1.75, dropout, SEED, impl=impl).sin()
+        return lora_linear(
+            x.tanh(), w, bias, a, b, 1.75, dropout, SEED, impl=impl, row_ids=ids
+        ).sin()
 
     results = []
     for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
@@ -463,4 +495,6 @@ def test_the_operator_keeps_its_promises() -> None:
     x, w, bias, a, b, _ = operands(Case(rows=(2, 5)))
     for leaf in (x, a, b):
         leaf.requires_grad_()
-    torch.library.opcheck(lora_forward, (x, w, bias, a, b, 0.5, 0.1, 7, "torch", "auto"))
+    options = (0.5, 0.1, 7, "torch", "auto")
+    for ids in (None, row_ids(10)):
+        torch.library.opcheck(lora_forward, (x, w, bias, a, b, *options, ids))

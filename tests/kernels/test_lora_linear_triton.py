@@ -14,7 +14,7 @@ from flex.kernels.lora_linear import backward, forward, lora_linear, tiles, trit
 from flex.kernels.lora_linear.dropout import keep_mask
 from flex.kernels.runtime import interpreting
 from tests.counting import count_traffic
-from tests.kernels.test_lora_linear import DTYPES, SEED, Case, check, operands
+from tests.kernels.test_lora_linear import DTYPES, SEED, Case, check, operands, row_ids
 from tests.mutants import load_copy
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
@@ -22,8 +22,8 @@ ROUTES = ("skinny", "fused")
 
 
 def on_triton(route: str):
-    def run(*arguments: object) -> Tensor:
-        return lora_linear(*arguments, impl="triton", route=route)
+    def run(*arguments: object, **options: object) -> Tensor:
+        return lora_linear(*arguments, impl="triton", route=route, **options)
 
     return run
 
@@ -119,7 +119,7 @@ def test_the_mask_is_torchs_bit_for_bit(seed):
     rows, columns, p = 70, 131, 0.3
     ds, a = torch.ones(rows, 1), torch.ones(1, columns)
     w = torch.zeros(1, columns)
-    dx = backward.grad_x(torch.zeros(rows, 1), w, ds, a, p, seed, with_gemm=False)
+    dx = backward.grad_x(torch.zeros(rows, 1), w, ds, a, p, seed, None, with_gemm=False)
     expected = keep_mask(seed, rows, columns, p, torch.device("cpu")) != 0
     assert torch.equal(dx != 0, expected)
     assert 0.25 < 1 - expected.double().mean() < 0.35
@@ -128,19 +128,22 @@ def test_the_mask_is_torchs_bit_for_bit(seed):
 # --- bytes
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_bytes_are_the_closed_form(dropout):
+@pytest.mark.parametrize(("dropout", "named"), [(0.0, False), (0.1, False), (0.1, True)])
+def test_bytes_are_the_closed_form(dropout, named):
     """Over the frozen GEMM on the same kernels, forward and backward: 4MK + 2MN and small terms."""
     rows, inputs, outputs, rank, e = 640, 256, 320, 16, 2
     case = Case((rows,), inputs, outputs, rank, torch.bfloat16, bias=False, dropout=dropout)
     x, w, _, a, b, dy = operands(case)
     leaves = [t.requires_grad_() for t in (x, a, b)]
     with count_traffic() as with_lora:
-        y = lora_linear(x, w, None, a, b, 1.0, dropout, SEED, impl="triton", route="fused")
+        ids = row_ids(rows) if named else None
+        y = lora_linear(
+            x, w, None, a, b, 1.0, dropout, SEED, impl="triton", route="fused", row_ids=ids
+        )
         torch.autograd.grad(y, leaves, dy)
     with count_traffic() as frozen:
         forward.forward_gemm(x.detach(), w, None, None, None)
-        backward.grad_x(dy, w, None, a.detach().bfloat16(), 0.0, None, with_gemm=True)
+        backward.grad_x(dy, w, None, a.detach().bfloat16(), 0.0, None, None, with_gemm=True)
     extra = with_lora.loaded + with_lora.stored - frozen.loaded - frozen.stored
 
     gemm, _ = forward.gemm_config(x.dtype, 16)
@@ -156,6 +159,9 @@ def test_bytes_are_the_closed_form(dropout):
     small += e * mr + 4 * nr  # dS, dB
     small += e * ceil(inputs / ga["BLOCK_K"]) * mr + 8 * chunks * rk + 4 * rk  # dS, partials, dA
     small += e * (ceil(inputs / gemm["BLOCK_N"]) * mr + row_blocks * rk)  # dS, A into dX
+    if named:  # ids into S, into each panel of dA and each tile of dX
+        readers = 1 + ceil(inputs / ga["BLOCK_K"]) + ceil(inputs / gemm["BLOCK_N"])
+        small += 4 * rows * readers
     assert extra == 4 * rows * inputs + 2 * rows * outputs + small
 
 
@@ -210,13 +216,32 @@ BUGS = (
     ("odd lane never used", tiles, "(offs_k & 1) * 16", "(offs_k & 0) * 16"),
     ("lanes compared unsigned", tiles, "(lane_MK ^ 0x8000)", "(lane_MK ^ 0)"),
     ("row multiplier even", tiles, "return a, m | 1", "return a, m"),
+    (
+        "ids of rows not read",
+        tiles,
+        "ids_M = tl.load(row_ids_ptr + offs_m, mask=mask_m, other=0)",
+        "pass",
+    ),
+    (
+        "ids of rows forgotten in S",
+        triton_path,
+        "dropout_p, seed, row_ids)\n",
+        "dropout_p, seed)\n",
+    ),
+    (
+        "ids of rows forgotten in dA",
+        triton_path,
+        "seed, row_ids, lora_a.dtype",
+        "seed, None, lora_a.dtype",
+    ),
+    ("ids of rows forgotten in dX", triton_path, "seed, row_ids, fused", "seed, None, fused"),
     ("scale of B left out", triton_path, "scaled(lora_b, scale, x.dtype)", "lora_b.to(x.dtype)"),
     ("B unscaled in dS", triton_path, "scaled(lora_b, scale, dy.dtype)", "lora_b.to(dy.dtype)"),
 )
 
 
 # fp32, so that rounding to 16 bits anywhere shows; two chunks and several panels
-CASE = Case(rows=(backward.CHUNK + 30,), inputs=48, outputs=72, rank=17)
+CASE = Case(rows=(backward.CHUNK + 30,), inputs=48, outputs=72, rank=17, ids=True)
 
 
 def run_with(monkeypatch, mutant: ModuleType, module: ModuleType) -> None:
@@ -224,7 +249,7 @@ def run_with(monkeypatch, mutant: ModuleType, module: ModuleType) -> None:
     monkeypatch.setattr(backward, "grad_sb_config", small_panels)
     if module is tiles:
         for user in (forward, backward):
-            for name in ("row_keys", "column_keys", "keep_tile"):
+            for name in ("ids_of_rows", "row_keys", "column_keys", "keep_tile"):
                 monkeypatch.setattr(user, name, getattr(mutant, name))
     elif module is triton_path:
         for name in ("forward", "backward"):

@@ -10,7 +10,7 @@ from flex.kernels.lora_linear.dropout import keep_mask
 from flex.kernels.lora_linear.reference import lora_linear_reference
 from flex.kernels.runtime import interpreting
 from tests.counting import count_traffic
-from tests.kernels.test_lora_linear import DTYPES
+from tests.kernels.test_lora_linear import DTYPES, row_ids
 from tests.mutants import load_copy
 from tests.oracle import assert_within_budget
 
@@ -46,10 +46,11 @@ def gradients(function, x, weights, biases, lora_as, lora_bs, dys, dtype):
 def check(impl, route, rows=37, inputs=72, outputs=(40, 33), rank=8, dtype=torch.float32, p=0.1):
     tensors = operands(rows, inputs, outputs, rank, dtype)
     n = len(outputs)
-    keeps = [keep_mask(s, rows, inputs, p, CPU) != 0 if p else None for s in SEEDS[:n]]
+    ids = row_ids(rows)
+    keeps = [keep_mask(s, rows, inputs, p, CPU, ids) != 0 if p else None for s in SEEDS[:n]]
 
     def ours(x, *lists):
-        options = {"impl": impl, "route": route}
+        options = {"impl": impl, "route": route, "row_ids": ids}
         return lora_linear_siblings(x, *lists, SCALES[:n], p, SEEDS[:n], **options)
 
     def reference(x, *lists):
@@ -122,15 +123,19 @@ def test_x_is_read_once_each_way():
     assert stored == chunks * 3 * rank * inputs * 4
 
 
+MASK = "offs_k, dropped, HAS_DROPOUT)\n        "
+KEYS = "a_M1, m_M1 = row_keys(seed_1,"
 BUGS = (
-    ("one mask for all", "(x_MK, a_M1, m_M1, seed_1,", "(x_MK, a_M0, m_M0, seed_0,"),
-    ("mask missing in S of the third", "_masked(x_MK, a_M2, m_M2, seed_2, offs_k, dropped, HAS_DROPOUT)", "x_MK"),
+    ("one mask for all", f"a_M1, m_M1, seed_1, {MASK}acc_MR1", f"a_M0, m_M0, seed_0, {MASK}acc_MR1"),
+    ("mask missing in S of the third", f"_masked(x_MK, a_M2, m_M2, seed_2, {MASK}    acc_MR2", "x_MK\n            acc_MR2"),
     ("second A is the first", "a_rows + next_a + offs_k", "a_rows + offs_k"),
     ("third A is the second", "a_rows + 2 * next_a + offs_k", "a_rows + next_a + offs_k"),
     ("third S not written", "tl.store(s_at + 2 * next_s", "tl.store(s_at + next_s"),
     ("second dS is the first", "tl.load(ds_at + next_s", "tl.load(ds_at"),
     ("third dA on the second", "tl.store(da_at + 2 * next_a", "tl.store(da_at + next_a"),
-    ("masks exchanged in dA", "a_M, m_M = row_keys(seed_2, offs_m)", "a_M, m_M = row_keys(seed_1, offs_m)"),
+    ("masks exchanged in dA", "\n        a_M2, m_M2 = row_keys(seed_2,", "\n        a_M2, m_M2 = row_keys(seed_1,"),
+    ("ids of rows not read in S", f"\n    {KEYS} ids_M)", f"\n    {KEYS} offs_m)"),
+    ("ids of rows not read in dA", f"\n        {KEYS} ids_M)", f"\n        {KEYS} offs_m)"),
     ("accumulators exchanged", "tl.trans(kept_MK), ds_MR, acc_KR1,", "tl.trans(kept_MK), ds_MR, acc_KR0,"),
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from flex.kernels.lora_linear import skinny_native as native
 from flex.kernels.lora_linear import skinny_source
 from flex.kernels.lora_linear.dropout import apply_mask, keep_mask, philox_keys
 from flex.kernels.lora_linear.torch_path import backward, forward
+from tests.kernels.test_lora_linear import row_ids
 from tests.mutants import compiled_anew, load_copy, without_a_compiler
 from tests.oracle import assert_within_budget
 
@@ -47,7 +48,7 @@ def truth(case: tuple[Any, ...], dtype: torch.dtype) -> dict[str, Tensor]:
     """Every result by plain products in `dtype`, from the operands in bf16."""
     rows, inputs, outputs, rank, p, bias = case
     x, dy, w, a, b, row = [t if t is None else t.to(dtype) for t in operands(*case[:4], bias)]
-    keep = keep_mask(SEED, rows, inputs, p, CPU) if p else None
+    keep = keep_mask(SEED, rows, inputs, p, CPU, row_ids(rows)) if p else None
     kept = x if keep is None else torch.where(keep.bool(), x, 0.0)
     s = kept @ a.t()
     ds = SCALE * (dy @ b)
@@ -58,7 +59,7 @@ def truth(case: tuple[Any, ...], dtype: torch.dtype) -> dict[str, Tensor]:
 
 def found(case: tuple[Any, ...]) -> dict[str, Tensor | None]:
     x, dy, w, a, b, row = operands(*case[:4], case[5])
-    factors = (a.float(), b.float(), SCALE, case[4], SEED)
+    factors = (a.float(), b.float(), SCALE, case[4], SEED, row_ids(case[0]))
     y, s = forward(x, w, row, *factors)
     dx, da, db = backward(dy, x, s, w, *factors, (True, True, True))
     return {"y": y, "s": s, "dx": dx, "da": da, "db": db}
@@ -82,7 +83,7 @@ def check_rounding() -> None:
     run = native.library()
     assert run is not None
     ds, a = (torch.arange(n).bfloat16().add(129)[:, None] for n in (40, 64))
-    dx, _, _ = native.backward(run, ds, None, None, ds, a.t(), 1.0, 0.0, None, need_x=True)
+    dx, _, _ = native.backward(run, ds, None, None, ds, a.t(), 1.0, 0.0, None, None, need_x=True)
     assert dx is not None and torch.equal(dx, (ds.float() * a.float().t()).bfloat16())
 
 
@@ -96,8 +97,11 @@ def test_the_keys_are_those_of_the_mask() -> None:
     assert run is not None
     keys = torch.empty(2, 1000 + 160, dtype=torch.int32)
     for seed in (0, SEED, 2**63 - 1):
-        run.fill_keys(seed, 1000, 160, keys.data_ptr())
+        run.fill_keys(seed, None, 1000, 160, keys.data_ptr())
         assert torch.equal(keys, torch.from_numpy(philox_keys(seed, 1000, 160)))
+        ids = row_ids(1000)
+        run.fill_keys(seed, ids.data_ptr(), 1000, 160, keys.data_ptr())
+        assert torch.equal(keys, torch.from_numpy(philox_keys(seed, 1000, 160, ids)))
 
 
 @pytest.mark.parametrize("p", [2**-16, 0.05, 0.5, 0.99999])
@@ -107,11 +111,11 @@ def test_the_mask_is_that_of_keep_mask_bit_for_bit(p: float) -> None:
     rows, inputs = 67, 91
     ones, keep = torch.ones(rows, 1).bfloat16(), keep_mask(SEED, rows, inputs, p, CPU)
     a, dy = torch.ones(1, inputs).bfloat16(), torch.ones(rows, 2).bfloat16()
-    dx, da, _ = native.backward(run, dy, ones * a, None, ones, a, 1.0, p, SEED, need_x=True)
+    dx, da, _ = native.backward(run, dy, ones * a, None, ones, a, 1.0, p, SEED, None, need_x=True)
     assert dx is not None and da is not None
     assert torch.equal(dx, apply_mask(ones * a, keep))
     assert torch.equal(da[0], (keep != 0).sum(0).float())
-    _, s = native.forward(run, ones * a, a, torch.ones(2, 1).bfloat16(), None, p, SEED)
+    _, s = native.forward(run, ones * a, a, torch.ones(2, 1).bfloat16(), None, p, SEED, None)
     assert torch.equal(s[:, 0], (keep != 0).sum(1).bfloat16())
 
 
@@ -122,11 +126,11 @@ def test_a_dropped_infinity_is_zero_and_nan_stays() -> None:
     x, a = torch.full((40, 64), torch.inf).bfloat16(), torch.ones(1, 64).bfloat16()
     x[keep] = 1.0
     one = torch.ones(1, 1).bfloat16()
-    y, s = native.forward(run, x, a, one, None, 0.5, SEED)
+    y, s = native.forward(run, x, a, one, None, 0.5, SEED, None)
     assert torch.equal(s[:, 0], keep.sum(1).bfloat16())
     assert torch.equal(y, s)
     x[3, int(keep[3].nonzero()[0])] = torch.nan
-    y, s = native.forward(run, x, a, one, None, 0.5, SEED)
+    y, s = native.forward(run, x, a, one, None, 0.5, SEED, None)
     assert y.isnan().nonzero().tolist() == s.isnan().nonzero().tolist() == [[3, 0]]
 
 
@@ -148,7 +152,7 @@ def test_strided_operands_and_part_of_the_gradients() -> None:
     whole = found(case)
     wide = torch.zeros(x.shape[0], 2 * x.shape[1]).bfloat16()
     beside, turned = wide[:, : x.shape[1]].copy_(x), dy.t().contiguous().t()
-    factors = (a.float(), b.float(), SCALE, case[4], SEED)
+    factors = (a.float(), b.float(), SCALE, case[4], SEED, row_ids(case[0]))
     y, s = forward(beside, w, row, *factors)
     assert torch.equal(y, whole["y"])
     for needs in [(True, False, False), (False, True, False), (False, False, True)]:
@@ -191,6 +195,7 @@ BUGS = {
         "store(joined(e[i], o[i])",
     ),
     "mask of another row": ("k.row_add[row]", "k.row_add[row + 1]"),
+    "ids of rows not read": ("row_ids ? row_ids[i] : i", "i"),
     "columns swapped": ("return (vec)(w << 16)", "return (vec)(w & 0xffff0000u)"),
     "rounded down": ("return w + 0x7fffu + ((w >> 16) & 1u)", "return w"),
     "last vector missed": (
