@@ -19,7 +19,7 @@ from flex.errors import ConfigError
 from flex.options import OPTIONS, SECTIONS, suggest
 
 # Options that cannot change what is learnt; the rest is hashed. ZeRO shards the same maths, and
-# implementations of a kernel differ in rounding and in which dropout masks a seed gives.
+# implementations of a kernel differ in rounding.
 _BOOKKEEPING = {
     *("name", "dir", "track", "resume", "deepspeed"),
     *("kernels.impl", "profile.tool", "profile.steps"),

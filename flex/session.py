@@ -121,12 +121,14 @@ class Session:
         return engine, penalty
 
     def _seed(self, loaded: Loaded | None, engine: Engine) -> None:
-        """Dropout's generator: its own stream per process, continued exactly on resume."""
+        """Torch's generator, for dropout inside the base model: a stream per process, continued exactly on resume."""
         if loaded is not None and restore_rng(loaded.state.rng, engine.device, self.rank):
             return
         step = 0 if loaded is None else loaded.state.step
         if loaded is not None:
-            log.warning("the checkpoint was written by fewer processes: dropout is seeded anew")
+            log.warning(
+                "the checkpoint was written by fewer processes: the base model's own dropout, if any, is seeded anew"
+            )
         torch.manual_seed((self.cfg.seed * 1_000_003 + step) * 1_000_003 + self.rank)
 
     def _fit(self, trainer: Trainer, resumed: int | None) -> Stop:

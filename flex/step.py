@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from . import loss_head
 from .loss import cross_entropy_sum
+from .model.dropout_keys import Keys, dropout_keys, key_of, row_ids
 from .optim import CurvatureStats, learning_rate, sample_labels
 from .optim.curvature import uniform_draws
 from .padding import pad_columns, pad_packed, pays
@@ -95,6 +97,16 @@ def target_loss(
     return cross_entropy_sum(logits, labels, scale)
 
 
+def keyed_dropout(
+    cfg: RunConfig, batch: Batch, step: int, purpose: str
+) -> AbstractContextManager[None]:
+    """Adapters' dropout in a forward of this batch and its backward: what is hidden does not depend on the batch."""
+    if cfg.lora.dropout == 0:
+        return nullcontext()
+    whole = pad_packed(batch) if pays(batch) else batch
+    return dropout_keys(Keys(key_of(cfg.seed, step, purpose), row_ids(whole)))
+
+
 def refresh_is_due(cfg: RunConfig, step: int) -> bool:
     """Whether update `step` (0-based) is preceded by a curvature refresh."""
     curvature = cfg.optim.curvature
@@ -110,7 +122,8 @@ def refresh_curvature(
         draws = uniform_draws(
             cfg.seed, step, batch.example_ids.tolist(), batch.targets_per_example()
         )
-        engine.backward(target_loss(engine.model, batch, engine.world / num_targets, draws))
+        with keyed_dropout(cfg, batch, step, "refresh"):
+            engine.backward(target_loss(engine.model, batch, engine.world / num_targets, draws))
         engine.add_curvature(num_targets)
     return engine.commit_curvature()
 
@@ -145,16 +158,17 @@ def train_step(
     last = len(batches) - 1
     in_gradient = penalty if cfg.penalty.coupling == "gradient" else None
     for m, batch in enumerate(batches):
-        with named("forward"):
-            loss = target_loss(engine.model, batch, engine.world / num_targets)
-            total += loss.detach().double().cpu()
-        if m == last and in_gradient is not None and not engine.whole_gradients:
-            # A term of the loss, so that its gradient is in place before ZeRO reduces: a partition has no FFT.
-            with named("penalty"):
-                engine.gather()
-                loss = loss + in_gradient.as_loss(engine.rank, engine.world)
-        with named("backward"):
-            engine.backward(loss)
+        with keyed_dropout(cfg, batch, step, "train"):
+            with named("forward"):
+                loss = target_loss(engine.model, batch, engine.world / num_targets)
+                total += loss.detach().double().cpu()
+            if m == last and in_gradient is not None and not engine.whole_gradients:
+                # A term of the loss, so that its gradient is in place before ZeRO reduces: a partition has no FFT.
+                with named("penalty"):
+                    engine.gather()
+                    loss = loss + in_gradient.as_loss(engine.rank, engine.world)
+            with named("backward"):
+                engine.backward(loss)
     if in_gradient is not None and engine.whole_gradients:
         with named("penalty"):
             in_gradient.add_gradients()

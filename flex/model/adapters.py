@@ -19,6 +19,7 @@ from flex.config import LoraSection
 from flex.errors import ModelError
 from flex.kernels.lora_linear import lora_linear
 from flex.kernels.runtime import DTYPES
+from flex.model.dropout_keys import current, key_of
 
 log = logging.getLogger("flex.adapters")
 
@@ -36,10 +37,12 @@ class FusedLora(nn.Module, LoraLayer):
     is logged when it first appears and counted in `FALLBACKS`.
 
     The sub-modules `base_layer`, `lora_A`, `lora_B`, `lora_dropout` are read, not called; where one
-    of them has hooks, PEFT's own forward calls it. `flex_impl` is the kernel's `impl`.
+    of them has hooks, PEFT's own forward calls it. `flex_impl` is the kernel's `impl`, `flex_key` the layer's own for
+    its dropout masks (`dropout_keys`); without, they are drawn from torch's generator.
     """
 
     flex_impl = "auto"
+    flex_key: int | None = None
     stock: ClassVar[type[LoraLayer]]  # the class of PEFT that this one stands for
     bases: ClassVar[tuple[type[nn.Module], ...]]  # the classes of base layers that it reads
 
@@ -56,15 +59,22 @@ class FusedLora(nn.Module, LoraLayer):
         name = self.active_adapters[0]
         dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        # From torch's CPU generator: activation checkpointing restores it, so the mask recurs.
-        seed = int(torch.randint(SEEDS, (), device="cpu")) if p > 0 else None
+        seed, row_ids = self.mask_key(x) if p > 0 else (None, None)
         a, b = _factors(self, name)
         weight, bias = self.frozen()
         dtype = x.dtype
-        y = lora_linear(
-            self.cast(x), weight, bias, a, b, self.scaling[name], p, seed, self.flex_impl
-        )
+        factors = (a, b, self.scaling[name], p, seed, self.flex_impl)
+        y = lora_linear(self.cast(x), weight, bias, *factors, row_ids=row_ids)
         return y if y.dtype == dtype else y.to(dtype)
+
+    def mask_key(self, x: Tensor) -> tuple[int, Tensor | None]:
+        """The seed of x's dropout mask, and the ids of x's rows where they have some."""
+        keys = None if torch.compiler.is_compiling() else current()
+        # rows that are no longer the batch's tokens, such as those routed to an expert, have no ids
+        if keys is None or self.flex_key is None or len(keys.row_ids) != x.shape[:-1].numel():
+            # From torch's CPU generator: activation checkpointing restores it, so the mask recurs.
+            return int(torch.randint(SEEDS, (), device="cpu")), None
+        return keys.seed(self.flex_key), keys.row_ids.to(x.device)
 
     def frozen(self) -> tuple[Any, Tensor | None]:
         """W and the bias as `lora_linear` takes them."""
@@ -250,9 +260,9 @@ def add_adapters(
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         peft_model = get_peft_model(model, config)
-    for module in peft_model.modules():
-        if isinstance(module, FusedLora):
-            module.flex_impl = impl
+    for name, layer in peft_model.named_modules():
+        if isinstance(layer, FusedLora):
+            layer.flex_impl, layer.flex_key = impl, key_of(name)
     if "bitsandbytes" in sys.modules:
         from flex.model.adapters_quantised import keep_layout
 

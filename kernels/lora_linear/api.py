@@ -92,8 +92,9 @@ def lora_linear(
         options = (scale, dropout_p, -1 if seed is None else seed, impl, route, row_ids)
         return lora_forward(x, weight, bias, lora_a, lora_b, *options)[0]
     route = resolve(impl, route, x, weight, lora_a, lora_b, scale, dropout_p, seed)
-    options = (scale, dropout_p, seed, route, row_ids)
-    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, *options)
+    return _LoraLinear.apply(
+        x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, route, row_ids
+    )
 
 
 def remakable(x: Tensor, function: Callable[..., Tensor], *sources: Tensor) -> None:

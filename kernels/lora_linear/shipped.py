@@ -176,8 +176,8 @@ def _siblings(dtype: torch.dtype, block_r: int) -> list[Shipped]:
     pointer = TYPES[dtype]
     keys = {"row_ids_ptr": "*i32", "seeds_ptr": "*i64"}
     integers = dict.fromkeys(("dropped", "rows", "inputs", "rank", "stride_xm"), "i32")
-    constants = {"COUNT": 3, "HAS_DROPOUT": True, "HAS_ROW_IDS": True}
-    constants |= {"PRECISION": precision(dtype)}
+    dropout = {"HAS_DROPOUT": True, "HAS_ROW_IDS": True}
+    constants = {"COUNT": 3, **dropout, "PRECISION": precision(dtype)}
     found = []
     for kernel, (blocks, launch), out in (
         ("down", siblings.down_siblings_config(block_r, dtype), "s_ptr"),

@@ -117,7 +117,7 @@ def test_a_layer_computes_what_pefts_own_does(r, bias):
 def test_a_model_computes_what_pefts_own_does(r, bias, monkeypatch):
     calls = []
     kernel = adapters.lora_linear
-    monkeypatch.setattr(adapters, "lora_linear", lambda *a: calls.append(1) or kernel(*a))
+    monkeypatch.setattr(adapters, "lora_linear", lambda *a, **k: calls.append(1) or kernel(*a, **k))
     overrides = {"attention_bias": bias, "mlp_bias": bias}
     lora = LoraSection(r=r, alpha=5.0, dropout=0.0, targets=ALL)
     ours = fill(add_adapters(tiny_model(**overrides), lora, seed=0))

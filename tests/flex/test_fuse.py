@@ -118,7 +118,7 @@ def test_the_trainers_losses_are_those_of_plain_peft(r, checkpointing, tmp_path,
     before = logits(model)
     calls = []
     kernel = adapters.lora_linear
-    monkeypatch.setattr(adapters, "lora_linear", lambda *a: calls.append(1) or kernel(*a))
+    monkeypatch.setattr(adapters, "lora_linear", lambda *a, **k: calls.append(1) or kernel(*a, **k))
     report = flex.fuse_adapters(model)
     assert report.fused == len(report.rows) == len(originals) == 12
     found = trained(model, tmp_path, checkpointing)
@@ -505,7 +505,9 @@ def test_the_table_in_print():
 def test_impl_reaches_the_kernel(monkeypatch):
     seen = []
     kernel = adapters.lora_linear
-    monkeypatch.setattr(adapters, "lora_linear", lambda *a: seen.append(a[8]) or kernel(*a))
+    monkeypatch.setattr(
+        adapters, "lora_linear", lambda *a, **k: seen.append(a[8]) or kernel(*a, **k)
+    )
     model = stock()
     for impl in ("torch", "auto"):
         fuse_adapters(model, impl=impl)

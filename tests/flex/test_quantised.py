@@ -125,7 +125,7 @@ def assert_close(found, expected, tolerance):
 def test_adapters_on_a_quantised_base_are_ours(kind, monkeypatch):
     calls = []
     kernel = adapters.lora_linear
-    monkeypatch.setattr(adapters, "lora_linear", lambda *a: calls.append(1) or kernel(*a))
+    monkeypatch.setattr(adapters, "lora_linear", lambda *a, **k: calls.append(1) or kernel(*a, **k))
     model = ours(kind)
     found = layers(model)
     assert len(found) == 12 and {type(m).__name__ for m in found.values()} == {CLASSES[kind]}

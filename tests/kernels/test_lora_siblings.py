@@ -127,7 +127,7 @@ MASK = "offs_k, dropped, HAS_DROPOUT)\n        "
 KEYS = "a_M1, m_M1 = row_keys(seed_1,"
 BUGS = (
     ("one mask for all", f"a_M1, m_M1, seed_1, {MASK}acc_MR1", f"a_M0, m_M0, seed_0, {MASK}acc_MR1"),
-    ("mask missing in S of the third", f"_masked(x_MK, a_M2, m_M2, seed_2, {MASK}    acc_MR2", "x_MK\n            acc_MR2"),
+    ("third mask missing in S", f"_masked(x_MK, a_M2, m_M2, seed_2, {MASK}    acc_MR2", "x_MK\n            acc_MR2"),
     ("second A is the first", "a_rows + next_a + offs_k", "a_rows + offs_k"),
     ("third A is the second", "a_rows + 2 * next_a + offs_k", "a_rows + next_a + offs_k"),
     ("third S not written", "tl.store(s_at + 2 * next_s", "tl.store(s_at + next_s"),

@@ -162,10 +162,9 @@ def test_a_finished_run_is_left_alone(uncut):
 def test_a_run_goes_through_engines_and_world_sizes(tmp_path):
     """Two processes under ZeRO-2, one, two under ZeRO-3, one: as if it had been one all along.
 
-    Not bit-equal, since sums over processes round differently; without dropout, whose masks would differ.
+    Not bit-equal, since sums over processes round differently.
     """
     others = {
-        "lora.dropout": 0.0,
         "optim.lr": 3e-3,  # at 1e-2 updates overshoot and grow the last bit
         # curvature squares micro-batches over all processes, and two would be cut otherwise
         "train.accumulation": 1,
