@@ -32,6 +32,9 @@ PARTS = (
     "rest",
 )
 GEMMS = re.compile(r"aten::(mm|addmm|bmm|baddbmm|linear|matmul|addmm_)$")
+OURS = re.compile(
+    r"^gemm/(\d+)x(\d+) (\d+)$"
+)  # our own GEMM's range: K, N and its least bytes, of 16-bit numbers
 # Whole phases and kernels: whatever runs inside is theirs, if nothing further in says otherwise.
 RANGES = (
     (re.compile(r"^penalty$|^penalised_update|^spectral_penalty"), "penalty"),
@@ -94,6 +97,8 @@ def part_of(chain: Sequence[tuple[str, Sequence[Any]]], rank: int, vocabulary: i
         vocabulary: tokens: a product with that size is the LM head's.
     """
     for name, shapes in chain:
+        if ours := OURS.search(name):
+            return "loss and LM head" if str(vocabulary) in ours.groups()[:2] else "frozen GEMM"
         if GEMMS.search(name):
             sizes = {size for shape in shapes for size in shape if isinstance(size, int)}
             if vocabulary in sizes:
@@ -113,6 +118,9 @@ def part_of(chain: Sequence[tuple[str, Sequence[Any]]], rank: int, vocabulary: i
 
 def product_flops(name: str, shapes: Sequence[Any]) -> float:
     """2 M N K of an innermost matrix product, 0 of anything else."""
+    if ours := OURS.search(name):
+        depth, columns, least_bytes = map(int, ours.groups())
+        return 2.0 * (least_bytes / 2 - depth * columns) / (depth + columns) * depth * columns
     found = re.search(r"aten::(mm|addmm_|addmm|bmm|baddbmm)$", name)
     if not found:
         return 0.0
@@ -205,7 +213,11 @@ def _profiled_step(
     from flex.kernels.ranges import install
 
     activities = [torch.profiler.ProfilerActivity.CPU]
-    before = install(lambda name, _: torch.profiler.record_function(name))
+    before = install(
+        lambda name, bytes: torch.profiler.record_function(
+            f"{name} {bytes}" if name.startswith("gemm/") else name
+        )
+    )
     try:
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
             begin = time.perf_counter()

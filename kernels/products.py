@@ -1,9 +1,12 @@
-"""Matrix products of 16-bit numbers on processors that have no instructions for them.
+"""Matrix products of 16-bit numbers on a CPU: in C where that is faster than torch's, widened where there are no units.
 
-Without such units (AVX2 only: most desktops, Zen 1 to 3) torch's own bf16 GEMM runs at a ninth of the fp32 one: 512 x
-576 x 1536 takes 131 ms where fp32, with both casts, takes 14 (one core of a Zen 3, torch 2.13). Here the operands are
-widened a piece at a time, fp32 sums them up, and the result is rounded once, as the units would. Elsewhere every
-function is torch's own.
+With bf16 dot products and no AMX, products of bf16 that are not small are C (`gemm_native`).
+
+Without any units for them (AVX2 only: most desktops, Zen 1 to 3) torch's own bf16 GEMM runs at a ninth of the fp32 one:
+512 x 576 x 1536 takes 131 ms where fp32, with both casts, takes 14 (one core of a Zen 3, torch 2.13). Here the operands
+are widened a piece at a time, fp32 sums them up, and the result is rounded once, as the units would.
+
+Elsewhere every function is torch's own. None is differentiable: they are the insides of autograd Functions.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import functools
 import torch
 from torch import Tensor
 
+from . import gemm_native
+
 # Elements of b widened at once: 8 MB of fp32 stay in the caches, and the allocator hands out the same memory again.
 STEP = 1 << 21
 FEW_ROWS = 4  # below it the product is bound by reading b, and widening reads it and more
@@ -21,6 +26,16 @@ FEW_ROWS = 4  # below it the product is bound by reading b, and widening reads i
 def widens(x: Tensor) -> bool:
     """Whether products of x's dtype on its device are computed in fp32 here."""
     return x.device.type == "cpu" and x.element_size() == 2 and not _has_units(x.dtype)
+
+
+def are_ours(x: Tensor) -> bool:
+    """Whether products of x's dtype on its device are not left to torch."""
+    return widens(x) or gemm_native.suits(x)
+
+
+def in_c(a: Tensor, b: Tensor) -> bool:
+    """Whether a (M, K) @ b (K, N) is `gemm_native`'s."""
+    return not widens(a) and gemm_native.takes(a, b)
 
 
 @functools.cache
@@ -35,6 +50,9 @@ def _has_units(dtype: torch.dtype) -> bool:
 
 def mm(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """a @ b + bias, (M, K) by (K, N) -> (M, N), into `out` if given; all of one dtype, a and b of any strides."""
+    if in_c(a, b) and _is_plain(bias, a) and _is_plain(out, a):
+        y = a.new_empty(len(a), b.shape[1]) if out is None else out
+        return gemm_native.multiply(y, a, b, bias=bias)
     if not widens(a) or len(a) < FEW_ROWS:
         if bias is None:
             return torch.mm(a, b, out=out)
@@ -44,6 +62,8 @@ def mm(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = No
 
 def addmm_(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """y += a @ b in y's memory, added before the sum is rounded; shapes as in `mm`."""
+    if in_c(a, b) and _is_plain(y, a):
+        return gemm_native.multiply(y, a, b, add=True)
     if not widens(a) or len(a) < FEW_ROWS:
         return y.addmm_(a, b)
     return _product(y, y, a, b)
@@ -54,6 +74,10 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     if not widens(a):
         return torch.bmm(a, b)
     return torch.bmm(a.float(), b.float()).to(a.dtype)
+
+
+def _is_plain(operand: Tensor | None, like: Tensor) -> bool:
+    return operand is None or (operand.dtype == like.dtype and operand.stride(-1) == 1)
 
 
 def _product(out: Tensor, start: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
-"""Frozen linear layers without an adapter, on processors that have no instructions for 16-bit products.
+"""Frozen linear layers without an adapter, where 16-bit products are not left to torch (`flex.kernels.products`).
 
-There torch's own product would be nine tenths of a training step (`flex.kernels.products`); adapted layers and the
-loss go the same way by themselves.
+Adapted layers and the loss go the same way by themselves.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ log = logging.getLogger("flex.model")
 
 
 class FrozenLinear(nn.Linear):
-    """In the place of an nn.Linear, over its state; where the processor has the instructions, nn.Linear itself."""
+    """In the place of an nn.Linear, over its state; nn.Linear itself for what is left to torch."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
-        if not products.widens(input) or weight.requires_grad or weight.dtype != input.dtype:
+        ours = products.are_ours(input) and not torch.compiler.is_compiling()
+        if not ours or weight.requires_grad or weight.dtype != input.dtype:
             return super().forward(input)
         return frozen_linear(input, weight, self.bias)
 
@@ -49,36 +49,42 @@ class _Frozen4bit(nn.Module):
 
 
 def install(model: nn.Module) -> int:
-    """Put ours in the place of every plain or 4-bit linear layer without an adapter, where that helps.
+    """Put ours in the place of every linear layer without an adapter where products are not left to torch.
+
+    That is plain ones, and bitsandbytes' 4-bit ones on a processor without 16-bit products.
 
     Each is a subclass of the class it stands for and shares its whole state, as `stand_in.replace` says.
 
     Args:
         model: on its device, in its dtype, with its adapters; changed in place.
 
-    Returns: how many were replaced; 0 where the processor multiplies numbers of the model's dtype.
+    Returns: how many were replaced.
     """
     sample = sample_of(model)
-    if sample is None or not products.widens(sample):
+    if sample is None or not products.are_ours(sample):
         return 0
     # A layer with an adapter reads its base layer, and its adapters are trained.
-    kinds = replace(model, lambda module: _ours(type(module)), (BaseTunerLayer,))  # type: ignore[arg-type]
+    widens = products.widens(sample)
+    kinds = replace(model, lambda module: _ours(type(module), widens), (BaseTunerLayer,))  # type: ignore[arg-type]
     replaced = kinds.total()
+    dtype, how = str(sample.dtype).removeprefix("torch."), "in C, faster than PyTorch's"
+    if widens:
+        how = "in float32 and rounded, for this processor has none"
     log.info(
-        "this processor has no %s products: they are computed in float32 and rounded (%d linear layers without "
-        "an adapter, adapted ones, attention, loss)",
-        str(sample.dtype).removeprefix("torch."),
+        "%s products are computed %s (%d linear layers without an adapter, adapted ones, loss)",
+        dtype,
+        how,
         replaced,
     )
     return replaced
 
 
 @cache
-def _ours(kind: type[nn.Module]) -> type[nn.Module] | None:
+def _ours(kind: type[nn.Module], widens: bool) -> type[nn.Module] | None:
     if kind is nn.Linear:
         return FrozenLinear
     bitsandbytes = sys.modules.get("bitsandbytes")
-    if bitsandbytes is not None:
+    if widens and bitsandbytes is not None:
         bnb = bitsandbytes.nn
         if kind in (bnb.Linear4bit, bnb.LinearNF4, bnb.LinearFP4):
             return type(f"Frozen{kind.__name__}", (_Frozen4bit, kind), {})

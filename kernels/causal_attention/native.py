@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..native_build import FLOAT, INT, LONG, POINTER, compile_or_warn, in_shares
+from ..processor import has_bf16_dots_alone
 from .source import SOURCE
 
 ROWS, LANES = 48, 16  # as in SOURCE: query heads of one key head at most; floats of a vector
@@ -54,15 +55,9 @@ def compiled() -> ctypes.CDLL | None:
     return found if found.supported() else None  # an old compiler may not know them
 
 
-def suits_processor() -> bool:
-    """Whether this processor has bf16 dot products and no AMX: torch's products use its tiles, SOURCE does not, and
-    which of them is faster there was not measured."""
-    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-
-
 def library() -> ctypes.CDLL | None:
     """`compiled`, where it suits the processor."""
-    return compiled() if suits_processor() else None
+    return compiled() if has_bf16_dots_alone() else None
 
 
 @functools.lru_cache(maxsize=16)  # all layers of a step share it

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import products
 from ..native_build import FLOAT, INT, LONG, POINTER, compile_or_warn, in_shares
-from .dropout import dropped_lanes
+from .dropout import dropped_lanes, philox_keys
 from .skinny_source import SOURCE
 
 # Where the low-rank products of a layer took less than by torch (1728 x 576 x 1536): r 8 less by a third to a half, 16
@@ -78,10 +78,38 @@ def forward(
     row_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """S (sB)^T + bias (M, N) and S (M, r): x (M, K), A (r, K), sB (N, r), bias (N,), all bf16."""
-    (rows, inputs), (outputs, rank) = x.shape, scaled_b.shape
-    y, b = x.new_empty(rows, outputs), _packed(run, scaled_b.t())
-    row = None if bias is None else _packed(run, bias[None])
-    keys, least = _keys(run, dropout_p, seed, row_ids, rows, inputs)
+    y = x.new_empty(len(x), len(scaled_b))
+    b, row = _packed(run, scaled_b.t()), None if bias is None else _packed(run, bias[None])
+    return y, _forward(run, x, lora_a, (b, row, y), dropout_p, seed, row_ids)
+
+
+def down(
+    run: ctypes.CDLL,
+    x: Tensor,
+    lora_a: Tensor,
+    dropout_p: float,
+    seed: int | None,
+    row_ids: Tensor | None,
+) -> Tensor:
+    """S of `forward`, alone."""
+    if dropout_p == 0:
+        return products.mm(x, lora_a.t()).contiguous()
+    return _forward(run, x, lora_a, (None, None, None), dropout_p, seed, row_ids)
+
+
+def _forward(
+    run: ctypes.CDLL,
+    x: Tensor,
+    lora_a: Tensor,
+    up: tuple[Tensor | None, Tensor | None, Tensor | None],
+    dropout_p: float,
+    seed: int | None,
+    row_ids: Tensor | None,
+) -> Tensor:
+    """S, and with it y of `up`: packed sB, packed bias, y; each may be missing, y only with the others."""
+    (rows, inputs), rank, (b, row, y) = x.shape, len(lora_a), up
+    outputs = 0 if y is None else y.shape[1]
+    keys, least = mask_keys(dropout_p, seed, row_ids, rows, inputs)
     if keys is None:  # nothing to mask: torch's product needs no second look at x
         kept, a, s = None, None, products.mm(x, lora_a.t()).contiguous()
     else:
@@ -91,7 +119,7 @@ def forward(
     _over_blocks(
         lambda i, j: run.forward(_at(kept), *sizes, *pointers, i, j), rows, inputs + outputs
     )
-    return y, s
+    return s
 
 
 def backward(
@@ -118,7 +146,7 @@ def backward(
     (rank, inputs), (rows, outputs) = lora_a.shape, dy.shape
     a = _packed(run, lora_a) if need_x else None
     p = 0.0 if ds_mr is None else dropout_p
-    keys, least = _keys(run, p, seed, row_ids, rows, inputs)
+    keys, least = mask_keys(p, seed, row_ids, rows, inputs)
     dx = dy.new_empty(rows, inputs) if need_x else None
     db = None if s_mr is None else _parts(rows, rank, outputs)
     da = None if x is None else _parts(rows, rank, inputs)
@@ -141,19 +169,17 @@ def _over_blocks(work: Callable[[int, int], None], rows: int, columns: int) -> N
         in_shares(work, -(-rows // BLOCK), rows * columns)
 
 
-def _keys(
-    run: ctypes.CDLL,
-    p: float,
-    seed: int | None,
-    row_ids: Tensor | None,
-    rows: int,
-    columns: int,
+def mask_keys(
+    p: float, seed: int | None, row_ids: Tensor | None, rows: int, columns: int
 ) -> tuple[Tensor | None, int]:
     """The keys of `keep_mask`, of words up to the end of a vector, and the least lane that is kept."""
     if p == 0:
         return None, 0
     assert seed is not None
-    words = -(-columns // LANES) * LANES // 2
+    words, run = -(-columns // LANES) * LANES // 2, library()
+    if run is None:
+        keys = torch.from_numpy(philox_keys(seed, rows, words, row_ids))
+        return keys, dropped_lanes(p) - 32768
     keys = torch.empty(2, rows + words, dtype=torch.int32)
     run.fill_keys(seed, _at(row_ids), rows, words, _at(keys))
     return keys, dropped_lanes(p) - 32768

@@ -235,7 +235,8 @@ void fill_keys(uint64_t seed, const uint32_t *restrict row_ids, int64_t rows, in
     }
 }
 
-/* Blocks of rows [begin, end): s = drop(x) a^T as bf16, unless x is NULL and s is given; y = s b^T + bias. */
+/* Blocks of rows [begin, end): s = drop(x) a^T as bf16, unless x is NULL and s is given; y = s b^T + bias, unless y is
+   NULL. */
 void forward(const bf16 *x, int64_t stride, int64_t rows, int64_t inputs, int64_t outputs, int64_t rank,
              const void *a, const void *b, const void *bias, const uint32_t *all_keys, int32_t least, bf16 *s16,
              bf16 *y, int64_t begin, int64_t end)
@@ -250,6 +251,7 @@ void forward(const bf16 *x, int64_t stride, int64_t rows, int64_t inputs, int64_
             for (int64_t i = 0; i < stop - row; i++)
                 for (int64_t r = 0; r < rank; r++) s16[(row + i) * rank + r] = narrow(s[i * ranks + r]);
         }
+        if (!y) continue;
         widened(s16 + row * rank, stop - row, rank, s, ranks);
         up(y, row, stop, outputs, b, bias, none, s, ranks);
     }

@@ -1,8 +1,9 @@
-"""Forward and backward by torch's own products, on any device; on a CPU the low-rank ones in bf16 by skinny_native.py.
+"""Forward and backward by `products`, on any device; on a CPU the low-rank ones in bf16 by skinny_native.py.
 
 The skinny product comes first in y and in dx, and the frozen GEMM accumulates onto it: the low-rank
 term is rounded at its own size, then added in the GEMM's fp32 accumulator, without a further pass
-over (M, N) or (M, K). Legend: api.py.
+over (M, N) or (M, K). Where the frozen GEMM is our own C (`gemm_native`), the low-rank term starts its
+accumulators and is written nowhere. Legend: api.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import products
+from .. import gemm_native, products
 from . import skinny_native
 from .dropout import apply_mask, apply_mask_, keep_mask
 
@@ -26,12 +27,15 @@ def forward(
     seed: int | None,
     row_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, N) and S (M, r) of x (M, K) by torch's own products; `scale` is alpha / r / (1 - p)."""
+    """y (M, N) and S (M, r) of x (M, K); `scale` is alpha / r / (1 - p)."""
     scaled_b = scaled(lora_b, scale, x.dtype)
     if (run := skinny_native.library_for(x, lora_a.shape[0], dropout_p)) is not None:
+        a, mask = lora_a.to(x.dtype), (dropout_p, seed, row_ids)
+        if products.in_c(x, weight.t()):
+            s_mr = skinny_native.down(run, x, a, *mask)
+            return output(x, weight, bias, s_mr, scaled_b), s_mr
         row = None if bias is None else bias.to(x.dtype)
-        factors = (lora_a.to(x.dtype), scaled_b, row, dropout_p, seed, row_ids)
-        y_mn, s_mr = skinny_native.forward(run, x, *factors)
+        y_mn, s_mr = skinny_native.forward(run, x, a, scaled_b, row, *mask)
         return _with_base(y_mn, x, weight), s_mr
     kept_mk = x
     if dropout_p > 0:
@@ -46,9 +50,11 @@ def output(
     x: Tensor, weight: Tensor, bias: Tensor | None, s_mr: Tensor, scaled_b: Tensor
 ) -> Tensor:
     """S (sB)^T + bias + x W^T: x (M, K), s_mr (M, r), scaled_b = s B (N, r) of x's dtype -> (M, N)."""
-    b_rn = scaled_b.t()
-    y_mn = products.mm(s_mr, b_rn, None if bias is None else bias.to(x.dtype))
-    return _with_base(y_mn, x, weight)
+    row = None if bias is None else bias.to(x.dtype)
+    if products.in_c(x, weight.t()):
+        y_mn, low = x.new_empty(len(x), len(weight)), (s_mr, scaled_b.t())
+        return gemm_native.multiply(y_mn, x, weight.t(), bias=row, low=low)
+    return _with_base(products.mm(s_mr, scaled_b.t(), row), x, weight)
 
 
 def backward(
@@ -68,13 +74,21 @@ def backward(
     need_x, need_a, need_b = needs
     ds_mr = products.mm(dy, scaled(lora_b, scale, dy.dtype)) if need_x or need_a else None
     x, s_mr = x if need_a else None, s_mr if need_b else None
-    options = (scale, dropout_p, seed, row_ids, need_x)
+    joined = need_x and products.in_c(dy, weight)
+    options = (scale, dropout_p, seed, row_ids, need_x and not joined)
     if (run := skinny_native.library_for(dy, lora_a.shape[0], dropout_p)) is not None:
         cast = lora_a.to(dy.dtype)
         dx, da, db = skinny_native.backward(run, dy, x, s_mr, ds_mr, cast, *options)
     else:
         dx, da, db = _low_rank_gradients(dy, x, s_mr, ds_mr, lora_a, lora_b.dtype, *options)
-    if dx is not None:
+    if joined:
+        assert ds_mr is not None
+        mask = skinny_native.mask_keys(dropout_p, seed, row_ids, len(dy), lora_a.shape[1])
+        low = (ds_mr, lora_a.to(dy.dtype))
+        dx = gemm_native.multiply(
+            dy.new_empty(len(dy), weight.shape[1]), dy, weight, low=low, mask=mask
+        )
+    elif dx is not None:
         products.addmm_(dx, dy, weight)
     da = None if da is None else da.to(lora_a.dtype)
     return dx, da, None if db is None else db.to(lora_b.dtype)

@@ -1,4 +1,4 @@
-"""Frozen linear layers on a processor without 16-bit products: same state, same numbers."""
+"""Frozen linear layers whose products are not torch's: same state, same numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from flex import loss_head
 from flex.config import LoraSection
-from flex.kernels import products
+from flex.kernels import gemm_native, products
 from flex.kernels.budget import budget_used
 from flex.model import linear
 from flex.model.adapters import add_adapters
@@ -44,6 +44,8 @@ def test_numbers_and_names_stay_and_no_16_bit_product_is_torchs(no_units, monkey
     exact = logits_and_gradients(adapted(tiny_model().bfloat16().double()))
     with monkeypatch.context() as m:
         m.setattr(products, "_has_units", lambda dtype: True)
+        m.setattr(products, "in_c", lambda a, b: False)
+        m.setattr(products, "are_ours", lambda x: False)
         plain, names = logits_and_gradients(model), list(model.state_dict())
         assert linear.install(model) == 0
     layers = model.config.num_hidden_layers
@@ -116,3 +118,24 @@ def test_a_trained_layer_gets_its_gradient(no_units):
     ours = linear.FrozenLinear(5, 3).bfloat16()
     ours(torch.ones(6, 5).bfloat16()).sum().backward()
     assert ours.weight.grad is not None
+
+
+def test_frozen_layers_go_to_our_products_where_those_are_faster(monkeypatch):
+    if gemm_native.compiled() is None:
+        pytest.skip("needs AVX-512 bf16 dot products and a compiler")
+    monkeypatch.setattr(gemm_native, "has_bf16_dots_alone", lambda: True)
+    monkeypatch.setattr(gemm_native, "LEAST", 8)
+    exact = logits_and_gradients(adapted(tiny_model().bfloat16().double()))
+    model = adapted(tiny_model().bfloat16())
+    with monkeypatch.context() as m:
+        m.setattr(products, "in_c", lambda a, b: False)
+        plain = logits_and_gradients(model)
+    assert linear.install(model) == PLAIN_LAYERS * model.config.num_hidden_layers + 1
+    calls, multiply = [], gemm_native.multiply
+    monkeypatch.setattr(
+        gemm_native, "multiply", lambda *a, **k: calls.append(1) or multiply(*a, **k)
+    )
+    found = logits_and_gradients(model)
+    assert len(calls) >= 2 * PLAIN_LAYERS
+    for got, yardstick, truth in zip(found, plain, exact, strict=True):
+        assert budget_used(got, yardstick, truth) <= 1

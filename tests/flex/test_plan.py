@@ -183,12 +183,12 @@ def test_the_bound_takes_the_longer_of_arithmetic_and_memory() -> None:
 def choose_attention(in_c: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if in_c and causal_attention.compiled() is None:
         pytest.skip("needs a processor with AVX-512 bf16 dot products")
-    monkeypatch.setattr(causal_attention, "suits_processor", lambda: in_c)
+    monkeypatch.setattr(causal_attention, "has_bf16_dots_alone", lambda: in_c)
     monkeypatch.setattr(plan_memory, "has_bf16_dot_products", lambda: in_c)
 
 
 def test_the_plan_knows_the_processor_as_the_kernels_do() -> None:
-    assert has_bf16_dot_products() == causal_attention.suits_processor()
+    assert has_bf16_dot_products() == causal_attention.has_bf16_dots_alone()
 
 
 def small(targets: tuple[str, ...], positions: int, documents: int = 1, **model: object) -> Job:
@@ -277,6 +277,7 @@ def test_flops_are_those_that_torch_counts(
 ) -> None:
     # products in C are none of torch's operations
     monkeypatch.setattr(skinny_native, "library_for", lambda *_: None)
+    monkeypatch.setattr(products, "in_c", lambda *_: False)
     choose_attention(False, monkeypatch)
     job = small(targets, 128, gradient_checkpointing=recompute)
     model, inputs = forward(job)
