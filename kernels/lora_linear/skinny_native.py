@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,12 @@ LANES = 32  # columns of a vector: 16 words of two bf16
 RANKS = 8  # of a panel: 16 accumulators with the even and the odd columns
 BLOCK = 256  # rows whose part of dA and dB is summed on its own, however many threads there are
 
+# The vectors are explicit: -O2 is as fast as -O3 and compiles in half the time.
+FLAGS = ("-O2", "-ffp-contract=fast", "-mprefer-vector-width=512", "-Wno-psabi")
 ARGUMENTS = {
     "pack": (POINTER, *[LONG] * 4, POINTER),
+    "pack_down": (POINTER, *[LONG] * 4, POINTER),
+    "dots": (),
     "unpack": (POINTER, *[LONG] * 3, FLOAT, POINTER, LONG, LONG),
     "fill_keys": (ctypes.c_uint64, POINTER, LONG, LONG, POINTER),
     "forward": (POINTER, *[LONG] * 5, *[POINTER] * 4, INT, *[POINTER] * 2, LONG, LONG),
@@ -48,12 +53,13 @@ ARGUMENTS = {
 def library() -> ctypes.CDLL | None:
     """The compiled SOURCE; None, and one line in the log, if it cannot be compiled or loaded."""
     what = "lora_linear: the C source of the low-rank products"
-    # The vectors are explicit: -O2 is as fast as -O3 and compiles in half the time.
-    flags = ("-O2", "-ffp-contract=fast", "-mprefer-vector-width=512", "-Wno-psabi")
     sizes = (f"-DRANKS={RANKS}", f"-DBLOCK={BLOCK}")
-    return compile_or_warn(
-        "skinny", SOURCE, ARGUMENTS, what, "PyTorch's products", (*flags, *sizes)
+    found = compile_or_warn(
+        "skinny", SOURCE, ARGUMENTS, what, "PyTorch's products", (*FLAGS, *sizes)
     )
+    if found is not None:
+        found.dots.restype = INT
+    return found
 
 
 def library_for(like: Tensor, rank: int, dropout_p: float) -> ctypes.CDLL | None:
@@ -87,13 +93,11 @@ def down(
     run: ctypes.CDLL,
     x: Tensor,
     lora_a: Tensor,
-    dropout_p: float,
-    seed: int | None,
-    row_ids: Tensor | None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    row_ids: Tensor | None = None,
 ) -> Tensor:
-    """S of `forward`, alone."""
-    if dropout_p == 0:
-        return products.mm(x, lora_a.t()).contiguous()
+    """S of `forward`, alone. Of dY and (sB)^T it is dS."""
     return _forward(run, x, lora_a, (None, None, None), dropout_p, seed, row_ids)
 
 
@@ -110,10 +114,10 @@ def _forward(
     (rows, inputs), rank, (b, row, y) = x.shape, len(lora_a), up
     outputs = 0 if y is None else y.shape[1]
     keys, least = mask_keys(dropout_p, seed, row_ids, rows, inputs)
-    if keys is None:  # nothing to mask: torch's product needs no second look at x
+    if keys is None and not run.dots():  # nothing to mask: torch's product is faster
         kept, a, s = None, None, products.mm(x, lora_a.t()).contiguous()
     else:
-        kept, a, s = _rows(x), _packed(run, lora_a), x.new_empty(rows, rank)
+        kept, a, s = _rows(x), _packed(run, lora_a, run.pack_down), x.new_empty(rows, rank)
     sizes = (_stride(kept), rows, inputs, outputs, rank)
     pointers = (_at(a), _at(b), _at(row), _at(keys), least, _at(s), _at(y))
     _over_blocks(
@@ -185,11 +189,11 @@ def mask_keys(
     return keys, dropped_lanes(p) - 32768
 
 
-def _packed(run: ctypes.CDLL, a: Tensor) -> Tensor:
-    """Panels of a (rank, size): fp32, RANKS by LANES of them."""
+def _packed(run: ctypes.CDLL, a: Tensor, pack: Any = None) -> Tensor:
+    """Panels of a (rank, size): fp32, RANKS by LANES of them. With `run.pack_down`, as S's sums take them."""
     rank, size = a.shape
     out = torch.empty(-(-rank // RANKS) * RANKS, -(-size // LANES) * LANES)
-    run.pack(_at(a), a.stride(0), a.stride(1), rank, size, _at(out))
+    (pack or run.pack)(_at(a), a.stride(0), a.stride(1), rank, size, _at(out))
     return out
 
 

@@ -1,5 +1,7 @@
 """The C source of skinny_native.py, in the compiler's vectors of 64 bytes, which any processor has in pieces.
 
+Where there are bf16 dot products (`dots`), sums over columns and over rows are theirs; half as many instructions.
+
 A vector is 16 words of two bf16: the even columns are its low halves, shifted, the odd ones its high halves, masked.
 So nothing crosses lanes, and the dropout mask's words fall onto the words that they mask. RANKS and BLOCK (rows with
 their own partial sums) come from skinny_native.py.
@@ -10,6 +12,9 @@ from __future__ import annotations
 SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #define TILE 32   /* rows that stay in the cache between two uses */
 typedef uint16_t bf16;
 typedef uint32_t words __attribute__((vector_size(64)));
@@ -81,6 +86,12 @@ INLINE bf16 narrow(float f)
     memcpy(&u, &f, 4);
     return (bf16)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
+INLINE uint32_t as_bits(float f)
+{
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return u;
+}
 INLINE float wide(bf16 b)
 {
     const uint32_t u = (uint32_t)b << 16;
@@ -98,10 +109,67 @@ INLINE float sum(vec v)
     return (a[0] + a[2]) + (a[1] + a[3]);
 }
 
+#ifdef __AVX512BF16__
+int32_t dots(void) { return 1; }
+
+INLINE vec dot(vec sums, words a, words b) { return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b); }
+
+/* The sums of 8 vectors, side by side. */
+INLINE half sums_of(const vec *v)
+{
+    __m512 t[4], u[2];
+    EACH(i, 4) {
+        const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+        t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    EACH(i, 2) {
+        const __m512d a = (__m512d)t[2 * i], b = (__m512d)t[2 * i + 1];
+        u[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+    }
+    const __m512 lanes =
+        _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x44), _mm512_shuffle_f32x4(u[0], u[1], 0xee));
+    const __m512 both = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0xb1));
+    return (half)_mm512_castps512_ps256(_mm512_shuffle_f32x4(both, both, 0x08));
+}
+
+/* As `pack`, of words: each rank's 16 of a block. */
+void pack_down(const bf16 *a, int64_t stride_r, int64_t stride_k, int64_t rank, int64_t size, uint32_t *out)
+{
+    const int64_t blocks = (size + 31) / 32, chunks = (rank + RANKS - 1) / RANKS;
+    for (int64_t c = 0; c < chunks; c++)
+        for (int64_t b = 0; b < blocks; b++)
+            for (int64_t r = c * RANKS; r < (c + 1) * RANKS; r++)
+                for (int64_t column = 32 * b; column < 32 * b + 32; column += 2) {
+                    const bf16 *at = a + r * stride_r + column * stride_k;
+                    const int low = r < rank && column < size, high = low && column + 1 < size;
+                    *out++ = (low ? *at : 0) | (high ? (uint32_t)at[stride_k] << 16 : 0);
+                }
+}
+
 /* s (rows, ranks) = drop(x) a^T of a few rows from `row` on and one chunk of ranks */
-INLINE void down_rows(const int rows, const bf16 *x, int64_t stride, int64_t row, int64_t size, const panel *a,
+INLINE void down_rows(const int rows, const bf16 *x, int64_t stride, int64_t row, int64_t size, const void *packed,
                       const keys k, float *s, int64_t ranks)
 {
+    const words *a = packed;
+    vec acc[2][RANKS] = {0};
+    for (int64_t b = 0; 32 * b < size; b++, a += RANKS) {
+        words w[2];
+        EACH(i, rows) w[i] = dropped(load(x + (row + i) * stride, b, size), k, row + i, b);
+        EACH(r, RANKS) EACH(i, rows) acc[i][r] = dot(acc[i][r], w[i], a[r]);
+    }
+    EACH(i, rows) {
+        const half found = sums_of(acc[i]);
+        memcpy(s + i * ranks, &found, 32);
+    }
+}
+#else
+int32_t dots(void) { return 0; }
+
+/* s (rows, ranks) = drop(x) a^T of a few rows from `row` on and one chunk of ranks */
+INLINE void down_rows(const int rows, const bf16 *x, int64_t stride, int64_t row, int64_t size, const void *packed,
+                      const keys k, float *s, int64_t ranks)
+{
+    const panel *a = packed;
     vec acc[2][RANKS] = {0};
     for (int64_t b = 0; 32 * b < size; b++) {
         vec e[2], o[2];
@@ -114,12 +182,14 @@ INLINE void down_rows(const int rows, const bf16 *x, int64_t stride, int64_t row
     }
     EACH(i, rows) EACH(r, RANKS) s[i * ranks + r] = sum(acc[i][r]);
 }
+#endif
 
-static void down(const bf16 *x, int64_t stride, int64_t begin, int64_t end, int64_t size, const panel *a,
+static void down(const bf16 *x, int64_t stride, int64_t begin, int64_t end, int64_t size, const void *packed,
                  const keys k, float *s, int64_t ranks)
 {
-    const int64_t blocks = (size + 31) / 32;
-    for (int64_t c = 0; c < ranks / RANKS; c++, a += blocks) {
+    const int64_t chunk = (size + 31) / 32 * RANKS * (dots() ? sizeof(words) : 2 * sizeof(vec));
+    const char *a = packed;
+    for (int64_t c = 0; c < ranks / RANKS; c++, a += chunk) {
         int64_t row = begin;
         for (; row + 2 <= end; row += 2)
             down_rows(2, x, stride, row, size, a, k, s + (row - begin) * ranks + c * RANKS, ranks);
@@ -166,7 +236,22 @@ static void outer(const bf16 *x, int64_t stride, int64_t begin, int64_t end, int
         for (int64_t c = 0; c < ranks / RANKS; c++) {
             vec acc[RANKS][2] = {0};
             if (!first) EACH(r, RANKS) EACH(h, 2) acc[r][h] = sums[c * blocks + b][r][h];
-            for (int64_t row = begin; row < end; row++) {
+            int64_t row = begin;
+#ifdef __AVX512BF16__
+            /* a word of two rows, by columns; of s, the words of the same two */
+            for (; row + 2 <= end; row += 2) {
+                const words one = dropped(load(x + row * stride, b, size), k, row, b);
+                const words two = dropped(load(x + (row + 1) * stride, b, size), k, row + 1, b);
+                const words e = (one & 0xffffu) | (two << 16), o = (one >> 16) | (two & 0xffff0000u);
+                const float *f = s + (row - begin) * ranks + c * RANKS;
+                EACH(r, RANKS) {
+                    const uint32_t both = as_bits(f[r]) >> 16 | as_bits(f[ranks + r]);
+                    const words factor = (words){0} + both;
+                    acc[r][0] = dot(acc[r][0], e, factor), acc[r][1] = dot(acc[r][1], o, factor);
+                }
+            }
+#endif
+            for (; row < end; row++) {
                 const words w = dropped(load(x + row * stride, b, size), k, row, b);
                 const vec e = even(w), o = odd(w);
                 const float *f = s + (row - begin) * ranks + c * RANKS;
@@ -195,6 +280,13 @@ void pack(const bf16 *a, int64_t stride_r, int64_t stride_k, int64_t rank, int64
                         *out++ = r < rank && column < size ? wide(a[r * stride_r + column * stride_k]) : 0.0f;
                     }
 }
+
+#ifndef __AVX512BF16__
+void pack_down(const bf16 *a, int64_t stride_r, int64_t stride_k, int64_t rank, int64_t size, float *out)
+{
+    pack(a, stride_r, stride_k, rank, size, out);
+}
+#endif
 
 /* out (rank, size) = scale * the sum of all parts, in their order */
 void unpack(const float *parts, int64_t count, int64_t rank, int64_t size, float scale, float *out,

@@ -72,11 +72,14 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX (M, K), dA (r, K), dB (N, r), each None unless `needs` (x, A, B) says so."""
     need_x, need_a, need_b = needs
-    ds_mr = products.mm(dy, scaled(lora_b, scale, dy.dtype)) if need_x or need_a else None
+    run, ds_mr = skinny_native.library_for(dy, lora_a.shape[0], dropout_p), None
+    if need_x or need_a:
+        b = scaled(lora_b, scale, dy.dtype)
+        ds_mr = products.mm(dy, b) if run is None else skinny_native.down(run, dy, b.t())
     x, s_mr = x if need_a else None, s_mr if need_b else None
     joined = need_x and products.in_c(dy, weight)
     options = (scale, dropout_p, seed, row_ids, need_x and not joined)
-    if (run := skinny_native.library_for(dy, lora_a.shape[0], dropout_p)) is not None:
+    if run is not None:
         cast = lora_a.to(dy.dtype)
         dx, da, db = skinny_native.backward(run, dy, x, s_mr, ds_mr, cast, *options)
     else:

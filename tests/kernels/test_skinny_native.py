@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from typing import Any
 
 import pytest
@@ -88,9 +89,21 @@ def check_rounding() -> None:
     assert dx is not None and torch.equal(dx, (ds.float() * a.float().t()).bfloat16())
 
 
+X86 = platform.machine() in ("x86_64", "AMD64")
+WITHOUT_DOTS = (*native.FLAGS, *["-mno-avx512bf16"] * X86)  # as for an older processor
+
+
 def test_every_result_is_within_its_budget() -> None:
     assert native.library() is not None
     check()
+
+
+def test_so_it_is_without_bf16_dot_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "FLAGS", WITHOUT_DOTS)
+    with compiled_anew(native.library):
+        run = native.library()
+        assert run is not None and not run.dots()
+        check()
 
 
 def test_the_keys_are_those_of_the_mask() -> None:
@@ -205,8 +218,8 @@ BUGS = {
     ),
     "last row missed": ("for (; row < end; row++) up_rows", "for (; row + 1 < end; row++) up_rows"),
     "second chunk of ranks missed": (
-        "c < ranks / RANKS; c++, a += blocks",
-        "c < 1; c++, a += blocks",
+        "c < ranks / RANKS; c++, a += chunk",
+        "c < 1; c++, a += chunk",
     ),
     "tiles forgotten": (
         "stop, inputs, k, s, ranks, block_da, row == first",
@@ -222,10 +235,57 @@ BUGS = {
 }
 
 
+# of the parts that only a processor with bf16 dot products runs
+DOTS_BUGS = {
+    "mask missing in S": (
+        "w[i] = dropped(load(x + (row + i) * stride, b, size), k, row + i, b)",
+        "w[i] = load(x + (row + i) * stride, b, size)",
+    ),
+    "mask missing in dA": (
+        "one = dropped(load(x + row * stride, b, size), k, row, b)",
+        "one = load(x + row * stride, b, size)",
+    ),
+    "the first row's mask on both": ("b, size), k, row + 1, b)", "b, size), k, row, b)"),
+    "columns exchanged": (
+        "o = (one >> 16) | (two & 0xffff0000u)",
+        "o = (one & 0xffffu) | (two << 16)",
+    ),
+    "rows exchanged": (
+        "as_bits(f[r]) >> 16 | as_bits(f[ranks + r])",
+        "as_bits(f[r]) | as_bits(f[ranks + r]) >> 16",
+    ),
+    "an odd row missed": (
+        "            for (; row < end; row++) {\n",
+        "            for (; row < end - end % 2; row++) {\n",
+    ),
+    "sums of another rank": ("shuffle_f32x4(both, both, 0x08)", "shuffle_f32x4(both, both, 0x02)"),
+    "half of the lanes": (
+        "lanes, _mm512_shuffle_f32x4(lanes, lanes, 0xb1)",
+        "lanes, _mm512_setzero_ps()",
+    ),
+    "last column missed": ("high = low && column + 1 < size;", "high = low && column + 2 < size;"),
+    "second chunk of ranks missed": ("c++, a += chunk", "c++, a += 0 * chunk"),
+}
+
+
 @pytest.mark.parametrize("bug", BUGS)
 def test_seeded_bugs_are_killed(bug: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = load_copy(tmp_path, skinny_source, *BUGS[bug])
-    monkeypatch.setattr(native, "SOURCE", copy.SOURCE)
+    monkeypatch.setattr(native, "FLAGS", WITHOUT_DOTS)
+    _kill(BUGS[bug], tmp_path, monkeypatch)
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="needs AVX-512 bf16 dot products"
+)
+@pytest.mark.parametrize("bug", DOTS_BUGS)
+def test_seeded_bugs_of_dot_products_are_killed(
+    bug: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _kill(DOTS_BUGS[bug], tmp_path, monkeypatch)
+
+
+def _kill(bug: tuple[str, str], folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "SOURCE", load_copy(folder, skinny_source, *bug).SOURCE)
     with compiled_anew(native.library):
         assert native.library() is not None
         with pytest.raises(AssertionError):
