@@ -82,10 +82,67 @@ void rms_norm_backward(const bf16 *restrict x, const bf16 *restrict w, const bf1
     }
 }
 
+/* Sixteen at a time, where a processor narrows by itself (subnormal numbers to 0): two thirds of the compiler's time.
+   They return where they stop, short of `end`. */
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#define INLINE static inline __attribute__((always_inline))
+INLINE __m512 wide_16(const bf16 *from)
+{
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+}
+INLINE void narrow_16(bf16 *to, __m512 v) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(v)); }
+
+INLINE __m512 sigmoid_16(__m512 z)
+{
+    const __m512 one = _mm512_set1_ps(1.0f), magic = _mm512_set1_ps(12582912.0f);
+    /* as `exponential` of -z; the order of max's and min's operands lets NaN through */
+    const __m512 x = _mm512_min_ps(_mm512_set1_ps(60.0f), _mm512_max_ps(_mm512_set1_ps(-60.0f), -z));
+    const __m512 n = _mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), magic) - magic;
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 720);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, one);
+    p = _mm512_fmadd_ps(p, r, one);
+    return one / (one + _mm512_scalef_ps(p, n));
+}
+
+static int64_t swiglu_16(const bf16 *gate, const bf16 *up, bf16 *h, int64_t i, int64_t end)
+{
+    for (; i + 16 <= end; i += 16) {
+        const __m512 g = wide_16(gate + i);
+        bf16 silu[16];
+        narrow_16(silu, g * sigmoid_16(g));
+        narrow_16(h + i, wide_16(silu) * wide_16(up + i));
+    }
+    return i;
+}
+
+static int64_t swiglu_backward_16(const bf16 *gate, const bf16 *up, const bf16 *dh, bf16 *dgate, bf16 *dup, int64_t i,
+                                  int64_t end)
+{
+    const __m512 one = _mm512_set1_ps(1.0f);
+    for (; i + 16 <= end; i += 16) {
+        const __m512 g = wide_16(gate + i), d = wide_16(dh + i), s = sigmoid_16(g);
+        narrow_16(dup + i, d * (g * s));
+        narrow_16(dgate + i, d * wide_16(up + i) * (s * (one + g * (one - s))));
+    }
+    return i;
+}
+#else
+static int64_t swiglu_16(const bf16 *g, const bf16 *u, bf16 *h, int64_t i, int64_t end) { return i; }
+static int64_t swiglu_backward_16(const bf16 *g, const bf16 *u, const bf16 *dh, bf16 *dg, bf16 *du, int64_t i,
+                                  int64_t end) { return i; }
+#endif
+
 /* h = bf16(silu(g)) u */
 void swiglu(const bf16 *restrict gate, const bf16 *restrict up, bf16 *restrict h, int64_t begin, int64_t end)
 {
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = swiglu_16(gate, up, h, begin, end); i < end; i++) {
         const float g = wide(gate[i]);
         h[i] = narrow(wide(narrow(g * sigmoid(g))) * wide(up[i]));
     }
@@ -95,7 +152,7 @@ void swiglu(const bf16 *restrict gate, const bf16 *restrict up, bf16 *restrict h
 void swiglu_backward(const bf16 *restrict gate, const bf16 *restrict up, const bf16 *restrict dh,
                      bf16 *restrict dgate, bf16 *restrict dup, int64_t begin, int64_t end)
 {
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = swiglu_backward_16(gate, up, dh, dgate, dup, begin, end); i < end; i++) {
         const float g = wide(gate[i]), d = wide(dh[i]), s = sigmoid(g);
         dup[i] = narrow(d * (g * s));
         dgate[i] = narrow(d * wide(up[i]) * (s * (1.0f + g * (1.0f - s))));
@@ -173,6 +230,9 @@ void cross_entropy(const bf16 *logits, const int64_t *labels, bf16 *grad, float 
 }
 """
 LONGEST = 4096  # scores of a row: 16 KiB of a thread's stack
+# simd: sums may be taken in another order; no OpenMP runtime comes with it. Contracted products: a quarter
+# to a half of SwiGLU's time, and everything is rounded to bf16 afterwards.
+FLAGS = ("-fopenmp-simd", "-ffp-contract=fast", f"-DLONGEST={LONGEST}")
 ARGUMENTS = {
     "rms_norm": (*[POINTER] * 4, LONG, LONG, INT, FLOAT),
     "rms_norm_backward": (*[POINTER] * 5, LONG, LONG, INT),
@@ -187,8 +247,5 @@ ARGUMENTS = {
 @functools.cache  # one attempt per process
 def library() -> ctypes.CDLL | None:
     """The compiled SOURCE; None, and one line in the log, if it cannot be compiled or loaded."""
-    # simd: sums may be taken in another order; no OpenMP runtime comes with it. Contracted products: a quarter
-    # to a half of SwiGLU's time, and everything is rounded to bf16 afterwards.
-    flags = ("-fopenmp-simd", "-ffp-contract=fast", f"-DLONGEST={LONGEST}")
     what = "pointwise: the C source of RMSNorm, SwiGLU, attention's softmax and the loss"
-    return compile_or_warn("pointwise", SOURCE, ARGUMENTS, what, "PyTorch's operations", flags)
+    return compile_or_warn("pointwise", SOURCE, ARGUMENTS, what, "PyTorch's operations", FLAGS)
