@@ -33,6 +33,12 @@ def are_ours(x: Tensor) -> bool:
     return widens(x) or gemm_native.suits(x)
 
 
+def are_ours_of(x: Tensor) -> bool:
+    """`are_ours`, and x (..., K) has rows enough: with few, a product is bound by reading the matrix."""
+    rows = x.shape[:-1].numel()
+    return rows >= FEW_ROWS if widens(x) else rows >= gemm_native.LEAST and gemm_native.suits(x)
+
+
 def in_c(a: Tensor, b: Tensor) -> bool:
     """Whether a (M, K) @ b (K, N) is `gemm_native`'s."""
     return not widens(a) and gemm_native.takes(a, b)
