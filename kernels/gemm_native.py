@@ -58,7 +58,8 @@ def compiled() -> ctypes.CDLL | None:
 def suits(x: Tensor) -> bool:
     """Whether products of x's dtype on its device are computed here, if they are not small."""
     bf16_on_cpu = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return bf16_on_cpu and has_bf16_dots_alone() and compiled() is not None
+    able = bf16_on_cpu and has_bf16_dots_alone() and not torch.compiler.is_compiling()
+    return able and compiled() is not None
 
 
 def takes(a: Tensor, b: Tensor) -> bool:
@@ -86,8 +87,8 @@ def multiply(
     Args:
         y: (M, N), rows contiguous. a: (M, K). b: (K, N). All bf16 and as `takes` says.
         add: whether what y holds is added to.
-        bias: (N,) bf16, contiguous.
-        low: p (M, r), rows contiguous, and q (r, N), of either order.
+        bias: (N,) bf16.
+        low: p (M, r), rows contiguous, and q (r, N), bf16.
         mask: dropout on p @ q: the keys (2, M + words) int32, or None, and the least lane that is kept (`keep_mask`).
     """
     run = compiled()
@@ -99,10 +100,13 @@ def multiply(
     job.add = add
     pairs = (a.shape[1] + 1) // 2
     if bias is not None:
+        bias = bias.contiguous()
         job.bias = bias.data_ptr()
     if low is not None:
-        job.low = _product(*low)
-        pairs += (low[0].shape[1] + 1) // 2
+        p, q = low
+        q = q if 1 in q.stride() else q.contiguous()
+        job.low = _product(p, q)
+        pairs += (p.shape[1] + 1) // 2
     keys, job.least = mask
     if keys is not None:
         job.keys, job.words = keys.data_ptr(), keys.shape[1] - rows

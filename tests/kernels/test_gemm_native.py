@@ -14,7 +14,7 @@ from torch import Tensor
 from flex.kernels import gemm_native, gemm_source, native_build, processor, products
 from flex.kernels.lora_linear import lora_linear, skinny_native, torch_path
 from flex.kernels.lora_linear.dropout import keep_mask
-from tests.kernels.test_lora_linear import Case, check, row_ids
+from tests.kernels.test_lora_linear import Case, check, operands, row_ids
 from tests.mutants import compiled_anew, load_copy
 from tests.oracle import assert_within_budget
 
@@ -173,6 +173,20 @@ LAYER = Case((45,), 72, 80, dtype=torch.bfloat16, ids=True)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_layers_low_rank_term_joins(ours, rank, dropout):
     check(lora_linear, Case((45,), 72, 80, rank, torch.bfloat16, dropout=dropout, ids=True))
+
+
+def test_factors_and_a_bias_that_lie_apart_in_memory(ours):
+    x, w, bias, a, b, _ = operands(LAYER)
+    a, b = a.bfloat16(), b.bfloat16()
+    expected = lora_linear(x, w, bias, a, b, 1.0, 0.1, SEED)
+    apart = [torch.stack([t, t], -1)[..., 0] for t in (bias, a, b)]
+    assert torch.equal(lora_linear(x, w, *apart, 1.0, 0.1, SEED), expected)
+    x, apart[1] = x.requires_grad_(), apart[1].requires_grad_()
+    found = [
+        torch.autograd.grad(lora_linear(x, w, bias, f, b, 1.0, 0.1, SEED).sum(), (x, f))
+        for f in (a.requires_grad_(), apart[1])
+    ]
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 LAYER_BUGS = {
