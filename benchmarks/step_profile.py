@@ -32,9 +32,8 @@ PARTS = (
     "rest",
 )
 GEMMS = re.compile(r"aten::(mm|addmm|bmm|baddbmm|linear|matmul|addmm_)$")
-OURS = re.compile(
-    r"^gemm/(\d+)x(\d+) (\d+)$"
-)  # our own GEMM's range: K, N and its least bytes, of 16-bit numbers
+# Our own GEMM's range: K, N and its least bytes, of 16-bit numbers.
+OURS = re.compile(r"^gemm/(\d+)x(\d+) (\d+)$")
 # Whole phases and kernels: whatever runs inside is theirs, if nothing further in says otherwise.
 RANGES = (
     (re.compile(r"^penalty$|^penalised_update|^spectral_penalty"), "penalty"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .gemm_source import SOURCE
-from .native_build import INT, LONG, POINTER, compile_or_warn, in_shares
+from .native_build import INT, LONG, POINTER, compile_with_dots, in_shares
 from .processor import has_bf16_dots_alone
 from .ranges import named
 
@@ -43,16 +43,8 @@ class _Job(ctypes.Structure):
 def compiled() -> ctypes.CDLL | None:
     """The compiled SOURCE; None where the processor has no bf16 dot products, or, with one line in the log, if it
     cannot be compiled or loaded."""
-    if not torch.cpu._is_avx512_bf16_supported():
-        return None
-    what, instead = "products: their C source", "PyTorch's products"
-    arguments = {"multiply": (POINTER, *[LONG] * 4, POINTER, LONG), "supported": ()}
-    flags = ("-O2", "-mprefer-vector-width=512")  # the vectors are explicit
-    found = compile_or_warn("gemm", SOURCE, arguments, what, instead, flags)
-    if found is None:
-        return None
-    found.supported.restype = INT
-    return found if found.supported() else None  # an old compiler may not know them
+    arguments = {"multiply": (POINTER, *[LONG] * 4, POINTER, LONG)}
+    return compile_with_dots("gemm", SOURCE, arguments, "products: their C source")
 
 
 def suits(x: Tensor) -> bool:

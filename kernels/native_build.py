@@ -81,6 +81,22 @@ def compile_or_warn(
     return library
 
 
+def compile_with_dots(
+    name: str, source: str, arguments: Mapping[str, Sequence[type]], what: str
+) -> ctypes.CDLL | None:
+    """`compile_or_warn` of a source in explicit vectors that needs bf16 dot products, and says by `supported` whether
+    its compiler knew them; None also where the processor or the compiler has none."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        return None
+    flags = ("-O2", "-mprefer-vector-width=512")
+    known = {**arguments, "supported": ()}
+    found = compile_or_warn(name, source, known, what, "PyTorch's products", flags)
+    if found is None:
+        return None
+    found.supported.restype = INT
+    return found if found.supported() else None
+
+
 def in_shares(work: Callable[[int, int], None], total: int, elements: int) -> None:
     """work(begin, end) over [0, total), in equal shares for torch's number of threads.
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..native_build import FLOAT, INT, LONG, POINTER, compile_or_warn, in_shares
+from ..native_build import FLOAT, INT, LONG, POINTER, compile_with_dots, in_shares
 from ..processor import has_bf16_dots_alone
 from .source import SOURCE
 
@@ -37,22 +37,16 @@ class _Job(ctypes.Structure):
 def compiled() -> ctypes.CDLL | None:
     """The compiled SOURCE; None where the processor has no bf16 dot products, or, with one line in the log, if it
     cannot be compiled or loaded."""
-    if not torch.cpu._is_avx512_bf16_supported():
-        return None
     run = (POINTER, POINTER, LONG, POINTER, POINTER)
     arguments = {
         "forward": run,
         "backward": run,
         "scratch_bytes": (LONG, LONG, INT),
-        "supported": (),
     }
-    what = "causal_attention: its C source"
-    flags = ("-O2", "-mprefer-vector-width=512")  # the vectors are explicit
-    found = compile_or_warn("attention", SOURCE, arguments, what, "PyTorch's products", flags)
-    if found is None:
-        return None
-    found.scratch_bytes.restype, found.supported.restype = LONG, INT
-    return found if found.supported() else None  # an old compiler may not know them
+    found = compile_with_dots("attention", SOURCE, arguments, "causal_attention: its C source")
+    if found is not None:
+        found.scratch_bytes.restype = LONG
+    return found
 
 
 def library() -> ctypes.CDLL | None:
