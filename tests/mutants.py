@@ -43,6 +43,17 @@ def compiled_anew(cached: Any) -> Iterator[None]:
 
 
 @contextmanager
+def compiled_from(
+    source: str, module: ModuleType, cached: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """`cached` of `module` compiles `source` in place of the module's SOURCE, which must succeed."""
+    monkeypatch.setattr(module, "SOURCE", source)
+    with compiled_anew(cached):
+        assert cached() is not None, "the mutant does not compile"
+        yield
+
+
+@contextmanager
 def without_a_compiler(cached: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`cached` as in `compiled_anew`, on a machine that has no compiler."""
     monkeypatch.delenv("CC", raising=False)

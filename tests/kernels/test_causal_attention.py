@@ -15,7 +15,7 @@ from flex.kernels.causal_attention import (
     source,
     takes,
 )
-from tests.mutants import compiled_anew, without_a_compiler
+from tests.mutants import compiled_from, without_a_compiler
 
 needs_c = pytest.mark.skipif(
     native.compiled() is None, reason="needs a processor with AVX-512 bf16 dot products"
@@ -306,15 +306,13 @@ BUGS = {
 def test_seeded_bugs_are_killed(bug, monkeypatch, poison):
     old, new = BUGS[bug]
     assert source.SOURCE.count(old) == 1
-    monkeypatch.setattr(native, "SOURCE", source.SOURCE.replace(old, new))
-    with compiled_anew(native.compiled):
-        assert native.compiled() is not None, "the mutant does not compile"
-        with pytest.raises(AssertionError):
-            for case in CASES:
-                check(*case)
-            check_large_scores()
-            check_kept()
-            check_nan()
+    mutant = source.SOURCE.replace(old, new)
+    with compiled_from(mutant, native, native.compiled, monkeypatch), pytest.raises(AssertionError):
+        for case in CASES:
+            check(*case)
+        check_large_scores()
+        check_kept()
+        check_nan()
 
 
 def test_where_there_is_amx_torch_keeps_it(monkeypatch):

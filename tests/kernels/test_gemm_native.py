@@ -16,7 +16,7 @@ from flex.kernels import gemm_native, gemm_source, native_build, processor, prod
 from flex.kernels.lora_linear import lora_linear, skinny_native, torch_path
 from flex.kernels.lora_linear.dropout import keep_mask
 from tests.kernels.test_lora_linear import Case, check, operands, row_ids
-from tests.mutants import compiled_anew, load_copy
+from tests.mutants import compiled_from, load_copy
 from tests.oracle import assert_within_budget
 
 CPU, SEED, P = torch.device("cpu"), 2**40 + 3, 0.3
@@ -259,8 +259,8 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_seeded_bugs_are_killed(bug, tmp_path: Path, monkeypatch):
     copy = load_copy(tmp_path, gemm_source, *BUGS[bug])
-    monkeypatch.setattr(gemm_native, "SOURCE", copy.SOURCE)
-    with compiled_anew(gemm_native.compiled):
-        assert gemm_native.compiled() is not None, "the mutant does not compile"
-        with pytest.raises(AssertionError):
-            check_all()
+    with (
+        compiled_from(copy.SOURCE, gemm_native, gemm_native.compiled, monkeypatch),
+        pytest.raises(AssertionError),
+    ):
+        check_all()

@@ -19,7 +19,7 @@ from flex.kernels.spectral_penalty import (
     spectral_penalty_into,
     spectral_penalty_reference,
 )
-from tests.mutants import compiled_anew, load_copy, without_a_compiler
+from tests.mutants import compiled_from, load_copy, without_a_compiler
 from tests.oracle import assert_within_budget
 
 RAMP = Spectrum(transform="axis")
@@ -324,8 +324,8 @@ def test_seeded_bugs_are_killed(bug: str, tmp_path: Any, monkeypatch: pytest.Mon
     copy = load_copy(tmp_path, line_source, *BUGS[bug])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(native_build, "ELEMENTS_PER_THREAD", 1)
-    monkeypatch.setattr(line_native, "SOURCE", copy.SOURCE)
-    with compiled_anew(line_native.library):
-        assert line_native.library() is not None
-        with pytest.raises(AssertionError):
-            check()
+    with (
+        compiled_from(copy.SOURCE, line_native, line_native.library, monkeypatch),
+        pytest.raises(AssertionError),
+    ):
+        check()

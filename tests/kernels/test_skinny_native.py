@@ -16,7 +16,7 @@ from flex.kernels.lora_linear import skinny_source
 from flex.kernels.lora_linear.dropout import apply_mask, keep_mask, philox_keys
 from flex.kernels.lora_linear.torch_path import backward, forward
 from tests.kernels.test_lora_linear import row_ids
-from tests.mutants import compiled_anew, load_copy, without_a_compiler
+from tests.mutants import compiled_anew, compiled_from, load_copy, without_a_compiler
 from tests.oracle import assert_within_budget
 
 CPU = torch.device("cpu")
@@ -285,8 +285,6 @@ def test_seeded_bugs_of_dot_products_are_killed(
 
 
 def _kill(bug: tuple[str, str], folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "SOURCE", load_copy(folder, skinny_source, *bug).SOURCE)
-    with compiled_anew(native.library):
-        assert native.library() is not None
-        with pytest.raises(AssertionError):
-            check()
+    source = load_copy(folder, skinny_source, *bug).SOURCE
+    with compiled_from(source, native, native.library, monkeypatch), pytest.raises(AssertionError):
+        check()
